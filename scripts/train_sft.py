@@ -1,0 +1,189 @@
+"""Supervised fine-tuning: dialogues -> run_dir/base/model and run_dir/sft/model.
+
+base is the model before SFT: from the hub or a folder (model.name), or from scratch, pre-trained on plain dialogue where
+the config has a `pretrain` part. Stopped and started again, each stage goes on from its last checkpoint.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from therapy_jax import batching, checkpoint, gpt2, prompts, run, sft, sharding, weights
+from therapy_jax.batching import Batch
+from therapy_jax.config import Config, TrainingConfig
+from therapy_jax.dialogue import Dialogue, exchanges
+from therapy_jax.run import console
+
+BATCHES_PER_VALIDATION = 32  # at most: a validation loss should cost little beside eval_every steps
+
+
+def main(config: Config) -> None:
+    folder = run.start(config, "train_sft")
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divides(config.sft.batch_size // config.sft.accumulate, mesh, "sft.batch_size / sft.accumulate")
+    dialogues = run.read_data(config.data, config.seed)
+
+    gpt2_config, params, tokenizer = make_base(config, folder, dialogues, mesh)
+    weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
+
+    gpt2_config = dataclasses.replace(gpt2_config, dropout=config.model.dropout, compute_dtype=run.compute_dtype(config))
+    encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
+    examples = {split: [encode(e) for d in part for e in exchanges(d)] for split, part in dialogues.items()}
+    dropped = sum(e.dropped_turns for part in examples.values() for e in part)
+    sizes = ", ".join(f"{len(part):,} {split}" for split, part in examples.items())
+    console.print(f"sft: {sizes} exchanges; {dropped:,} context turns left out to fit prompt.max_tokens")
+
+    lengths = [len(e.prompt) + len(e.reply) for e in examples["train"]]
+    per_epoch = math.ceil(len(lengths) / config.sft.batch_size)
+
+    @functools.lru_cache(maxsize=2)
+    def plan(epoch: int):
+        return batching.epoch_batches(lengths, config.sft.batch_size, config.sft.pad_to, config.seed, epoch)
+
+    def batch_of(step: int) -> Batch:
+        indices, length = plan(step // per_epoch)[step % per_epoch]
+        return batching.supervised([examples["train"][i] for i in indices], config.sft.batch_size, length)
+
+    held_out = examples["validation"]
+    order = np.argsort([len(e.prompt) + len(e.reply) for e in held_out], kind="stable")
+    chunks = [[held_out[i] for i in order[k : k + config.sft.batch_size]] for k in range(0, len(order), config.sft.batch_size)]
+    longest = [batching.round_up(max(len(e.prompt) + len(e.reply) for e in chunk), config.sft.pad_to) for chunk in chunks]
+    validation = [batching.supervised(c, config.sft.batch_size, n) for c, n in zip(chunks, longest, strict=True)]
+
+    sections = ("seed", "data", "model", "tokenizer", "prompt", "pretrain", "sft")
+    params = fit("sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections)
+    weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
+    console.print(f"sft: best model in {folder / 'sft' / 'model'}")
+
+
+def make_base(config: Config, folder: Path, dialogues: dict[str, list[Dialogue]], mesh: Mesh) -> tuple[gpt2.GPT2Config, Any, Any]:
+    """The model before SFT, with rows for the prompt's special tokens -> (GPT2Config, params, tokenizer)."""
+    corpora = [run.read_data(data, config.seed) for data in config.pretrain.data] if config.pretrain else []
+    saved = folder / "base" / "model"
+    name = config.tokenizer.name or config.model.name
+    if name is not None:
+        tokenizer = prompts.load_tokenizer(name)
+    elif (saved / "tokenizer.json").is_file():  # a restart: ids must mean what they meant
+        tokenizer = prompts.load_tokenizer(saved)
+    else:
+        texts = [prompts.plain_text(d.turns) for corpus in corpora or [dialogues] for d in corpus["train"]]
+        tokenizer = prompts.train_tokenizer(texts, config.tokenizer.vocab_size)
+    prompts.add_special_tokens(tokenizer)
+    tokenizer.save_pretrained(saved)
+
+    if config.model.name is not None:
+        gpt2_config, params = weights.load_pretrained(config.model.name)
+        if gpt2_config.eos_token_id != tokenizer.eos_token_id:
+            raise weights.WeightsError(f"the model ends with token {gpt2_config.eos_token_id}, the tokenizer with {tokenizer.eos_token_id}")
+    else:
+        sizes = config.model
+        gpt2_config = gpt2.GPT2Config(
+            vocab_size=min(tokenizer.convert_tokens_to_ids(list(prompts.SPECIAL_TOKENS))),  # without the special tokens
+            n_positions=sizes.n_positions,
+            n_embd=sizes.n_embd,
+            n_layer=sizes.n_layer,
+            n_head=sizes.n_head,
+            eos_token_id=tokenizer.eos_token_id,
+            dropout=sizes.dropout,
+            compute_dtype=run.compute_dtype(config),
+        )
+        params = gpt2.init(gpt2_config, jax.random.fold_in(jax.random.key(config.seed), 0))
+    console.print(f"model: {gpt2.count(params):,} parameters, {gpt2_config.n_layer} layers, width {gpt2_config.n_embd}")
+
+    if config.pretrain is not None:
+        params = pretrain(config, folder, corpora, tokenizer, gpt2_config, params, mesh)
+    return *weights.resize_vocabulary(gpt2_config, params, max(len(tokenizer), gpt2_config.vocab_size)), tokenizer
+
+
+def pretrain(config: Config, folder: Path, corpora: list, tokenizer: Any, gpt2_config: gpt2.GPT2Config, params: Any, mesh: Mesh) -> Any:
+    """Language modelling on plain dialogue: blocks of one long stream of conversations, every token a target."""
+    training = config.pretrain
+    assert training is not None
+    sharding.check_divides(training.batch_size // training.accumulate, mesh, "pretrain.batch_size / pretrain.accumulate")
+
+    def blocks(split: str) -> np.ndarray:
+        texts = (prompts.encode_text(tokenizer, prompts.plain_text(d.turns)) for corpus in corpora for d in corpus[split])
+        return batching.text_blocks(texts, tokenizer.eos_token_id, training.block_tokens)
+
+    train, held_out = blocks("train"), blocks("validation")
+    console.print(f"pretrain: {train.size:,} tokens in {len(train):,} blocks of {training.block_tokens}, {held_out.size:,} tokens held out")
+    per_epoch = len(train) // training.batch_size
+
+    def batch_of(step: int) -> Batch:
+        order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(train))
+        start = step % per_epoch * training.batch_size
+        return batching.unsupervised(train[order[start : start + training.batch_size]])
+
+    parts = [held_out[k : k + training.batch_size] for k in range(0, len(held_out) - training.batch_size + 1, training.batch_size)]
+    validation = [batching.unsupervised(part) for part in parts]
+    sections = ("seed", "data", "model", "tokenizer", "pretrain")
+    return fit("base", folder, training, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections)
+
+
+def fit(
+    stage: str,
+    folder: Path,
+    training: TrainingConfig,
+    gpt2_config: gpt2.GPT2Config,
+    params: Any,
+    batch_of: Callable[[int], Batch],
+    per_epoch: int,
+    validation: list[Batch],
+    mesh: Mesh,
+    config: Config,
+    sections: tuple[str, ...],
+) -> Any:
+    """The loop of both stages: step, log, validate, save -> the parameters with the lowest validation loss."""
+    began = time.monotonic()
+    steps = max(round(training.epochs * per_epoch), 1)
+    model, tx = gpt2.GPT2(gpt2_config), sft.optimizer(training, steps)
+    state = sharding.replicate(mesh, sft.init_state(params, tx))
+    belongs_to = {"stage": stage, **{k: v for k, v in dataclasses.asdict(config).items() if k in sections}}
+    manager = checkpoint.manager(folder / stage / "checkpoints", best="validation_loss", mode="min")
+    restored = checkpoint.restore(manager, state, belongs_to)
+    state, done = restored or (state, 0)
+    run.forget_after(folder / "metrics.jsonl", stage, done)
+    if restored:
+        console.print(f"{stage}: going on from step {done} of {steps}")
+
+    step_program = jax.jit(functools.partial(sft.sft_step, model=model, tx=tx, cfg=training), donate_argnums=0)
+    loss_program = jax.jit(functools.partial(sft.sft_loss, key=None, model=model))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+    def validate(params: Any) -> float:
+        sums = [loss_program(params, sharding.split_batch(mesh, batch)) for batch in validation[:BATCHES_PER_VALIDATION]]
+        return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
+
+    with run.progress(stage, steps, done) as advance:
+        for step in range(done, steps):
+            state, metrics = step_program(state, sharding.split_batch(mesh, batch_of(step)), key)
+            finished = step + 1
+            if finished % training.log_every == 0 or finished in (1, steps) or finished % training.eval_every == 0:
+                metrics = {"epoch": finished / per_epoch, **jax.device_get(metrics)}
+                if finished % training.eval_every == 0 or finished == steps:
+                    metrics["validation_loss"] = validate(state.params)
+                    checkpoint.save(manager, finished, state, belongs_to, {"validation_loss": metrics["validation_loss"]})
+                run.log(folder, stage, finished, metrics, began)
+                advance(finished, **{k: float(v) for k, v in metrics.items() if "loss" in k})
+
+    best = manager.best_step()
+    assert best is not None
+    if best != manager.latest_step():
+        state, _ = checkpoint.restore(manager, state, belongs_to, step=best) or (state, 0)
+    console.print(f"{stage}: validation loss {manager.metrics(best)['validation_loss']:.4f} at step {best}, the best; {time.monotonic() - began:.0f} s")
+    manager.close()
+    if done < steps:
+        run.note_environment(folder, stage, time.monotonic() - began)
+    return state.params
+
+
+if __name__ == "__main__":
+    run.main(main, __doc__ or "")

@@ -1,0 +1,210 @@
+"""GPT-2 against torch's, on folders that torch wrote: logits, gradients, cache, padding, precision, dropout."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from therapy_jax import gpt2, sft, weights
+from therapy_jax.batching import Batch
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+CONFIGS = {
+    "vocabulary a multiple of 128": {"vocab_size": 384, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4},
+    "n_inner set, vocabulary not": {"vocab_size": 300, "n_positions": 24, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 80},
+    "one layer, relu, large epsilon": {
+        **{"vocab_size": 129, "n_positions": 20, "n_embd": 24, "n_layer": 1, "n_head": 2, "n_inner": 33},
+        **{"activation_function": "relu", "layer_norm_epsilon": 0.05},
+    },
+    "exact gelu": {"vocab_size": 200, "n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 1, "activation_function": "gelu"},
+}
+SMALL = CONFIGS["n_inner set, vocabulary not"]
+
+
+def torch_model(sizes):
+    """All weights moved at random, biases and layer norms too: a zero or a one would hide whether it is read at all."""
+    torch.manual_seed(0)
+    off = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **off, bos_token_id=0, eos_token_id=0)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    return model
+
+
+def load(model, folder):
+    model.save_pretrained(folder)
+    return weights.load_pretrained(folder)
+
+
+def apply(config, params, tokens, mask):
+    return np.asarray(jax.jit(gpt2.GPT2(config).apply)({"params": params}, jnp.asarray(tokens), jnp.asarray(mask)))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return load(torch_model(SMALL), tmp_path_factory.mktemp("gpt2"))
+
+
+def tokens_of(batch, length, seed=0):
+    return np.random.default_rng(seed).integers(0, SMALL["vocab_size"], (batch, length)).astype(np.int32)
+
+
+def padded(length, *paddings):
+    return np.asarray([[t >= k for t in range(length)] for k in paddings])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_are_torchs(name, tmp_path):
+    sizes = CONFIGS[name]
+    length = sizes["n_positions"]
+    oracle = torch_model(sizes)
+    config, params = load(oracle, tmp_path / "model")
+    tokens = np.random.default_rng(1).integers(0, sizes["vocab_size"], (3, length)).astype(np.int32)
+    mask = padded(length, 0, 3, length // 2)  # left padding by three different amounts
+    counted = mask & np.roll(mask, 1, axis=1) & (np.arange(length) > 0)  # a first token has nothing to be predicted from
+
+    out = oracle(
+        torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(mask).long(),
+        position_ids=torch.tensor(np.maximum(mask.cumsum(1) - 1, 0)),
+        labels=torch.tensor(np.where(counted, tokens, -100)).long(),
+    )
+    logits = apply(config, params, tokens, mask)
+    theirs = out.logits.detach().numpy()
+    assert logits.dtype == np.float32 and logits.shape == (3, length, sizes["vocab_size"])
+    # Two float32 programs differ by rounding, some 1e-6 of the largest logit; a wrong epsilon or gelu by 1e-3 and more.
+    assert np.abs(logits - theirs)[mask].max() < 1e-4 * np.abs(theirs[mask]).max()
+
+    def mean_loss(params):
+        loss, count = sft.sft_loss(params, Batch(tokens, mask, counted), None, model=gpt2.GPT2(config))
+        return loss / count
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(jax.tree.map(jnp.asarray, params))
+    assert float(loss) == pytest.approx(out.loss.item(), rel=1e-5)
+    out.loss.backward()
+    with torch.no_grad():  # torch's gradients, saved as if they were weights, come back in our layout
+        for p in oracle.parameters():
+            p.copy_(p.grad)
+    _, expected = load(oracle, tmp_path / "gradients")
+    # Relative to the global norm: the gradient of a key bias is zero but for rounding, so it has no scale of its own.
+    norm = optax.global_norm(expected)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - theirs) < 1e-4 * norm
+
+
+def test_causal_by_gradients(small):
+    """Row p of wpe enters at position p alone, so d(output t)/d(wpe[p]) is exactly 0 for p > t, and not 0 for p <= t."""
+    config, params = small
+    tokens = tokens_of(1, 12)
+    weigh = np.random.default_rng(1).normal(size=config.vocab_size)
+
+    def outputs(wpe):
+        return gpt2.GPT2(config).apply({"params": {**params, "wpe": wpe}}, tokens, np.ones_like(tokens, bool))[0] @ weigh
+
+    size = np.abs(jax.jit(jax.jacrev(outputs))(jnp.asarray(params["wpe"]))).sum(-1)[:, :12]  # [output, position]
+    assert (size[np.triu_indices(12, 1)] == 0).all()
+    assert (size[np.tril_indices(12)] > 1e-6 * size.max()).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_padding_changes_nothing(small, side, k):
+    config, params = small
+    tokens = tokens_of(2, 10)
+    plain = apply(config, params, tokens, np.ones((2, 10), bool))
+    garbage, none = tokens_of(2, k, seed=5), np.zeros((2, k), bool)
+    order = slice(None, None, -1) if side == "right" else slice(None)
+    both = np.concatenate([garbage, tokens][order], 1)
+    mask = np.concatenate([none, ~none[:, :1].repeat(10, 1)][order], 1)
+    got = apply(config, params, both, mask)[mask].reshape(plain.shape)
+    np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("pieces", [[6] + [1] * 6, [5, 3, 1, 3], [1, 11]])
+def test_cached_is_uncached(small, pieces):
+    config, params = small
+    tokens, mask = tokens_of(2, 12), padded(12, 0, 4)
+    model = gpt2.GPT2(config)
+    whole, none = model.apply({"params": params}, tokens, mask, method="hidden")
+    assert none is None
+    forward = jax.jit(functools.partial(model.apply, method="hidden"))
+    cache, parts = gpt2.init_cache(config, 2, 15), []  # three slots stay free
+    for start, n in zip(np.cumsum([0, *pieces[:-1]]), pieces, strict=True):
+        hidden, cache = forward({"params": params}, tokens[:, start : start + n], mask[:, start : start + n], cache)
+        parts.append(hidden)
+    assert int(cache.index) == 12 and not cache.mask[:, 12:].any()
+    np.testing.assert_allclose(np.concatenate(parts, 1)[mask], whole[mask], rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+
+
+def test_spare_vocabulary_never_gets_probability(small):
+    config, params = small
+    assert config.padded_vocab_size == 384 and params["wte"].shape == (384, 48)
+    loud = params["wte"].copy()
+    loud[300:] = 100.0  # whatever training or sharding may leave there
+    hidden = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    logits = gpt2.head(config, jnp.asarray(loud), hidden)
+    probabilities = jax.nn.softmax(logits)
+    assert logits.shape == (5, 384) and (probabilities[:, 300:] == 0).all()
+    np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(logits[:, :300], gpt2.head(config, jnp.asarray(params["wte"]), hidden)[:, :300])
+    chosen = gpt2.token_logprobs(logits, jnp.arange(5))
+    np.testing.assert_allclose(chosen, np.log(probabilities)[np.arange(5), np.arange(5)], rtol=1e-5)
+    p = np.asarray(probabilities[:, :300], np.float64)
+    np.testing.assert_allclose(gpt2.entropy(logits), -(p * np.log(p)).sum(-1), rtol=1e-5)
+    sizes = {gpt2.GPT2Config(vocab_size=n).padded_vocab_size for n in (1, 128)} | {gpt2.GPT2Config().padded_vocab_size}
+    assert sizes == {128, 50304}
+
+
+def test_bfloat16_stays_near_float32(small):
+    config, params = small
+    tokens, mask = tokens_of(2, 12), padded(12, 0, 4)
+    exact = apply(config, params, tokens, mask)[mask]
+    rough = apply(dataclasses.replace(config, compute_dtype="bfloat16"), params, tokens, mask)[mask]
+    # bfloat16 keeps 8 bits, 0.4 % a rounding; about ten roundings on the way to a logit add up to 2 % of the spread at most.
+    error = np.sqrt(np.square(rough - exact).mean()) / exact.std()
+    assert rough.dtype == np.float32 and 1e-4 < error < 0.02
+    cache = gpt2.init_cache(dataclasses.replace(config, compute_dtype="bfloat16"), 2, 4)
+    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def test_dropout_only_with_a_key(small):
+    config, params = small
+    tokens, mask = tokens_of(2, 12), np.ones((2, 12), bool)
+    model = gpt2.GPT2(dataclasses.replace(config, dropout=0.3))
+    hidden = functools.partial(model.apply, {"params": params}, tokens, mask, method="hidden")
+    keyed = [np.asarray(hidden(rngs={"dropout": jax.random.key(i)})[0]) for i in (0, 0, 1)]
+    plain = np.asarray(hidden()[0])
+    np.testing.assert_array_equal(plain, gpt2.GPT2(config).apply({"params": params}, tokens, mask, method="hidden")[0])
+    np.testing.assert_array_equal(keyed[0], keyed[1])
+    assert min(np.abs(keyed[0] - plain).max(), np.abs(keyed[0] - keyed[2]).max()) > 0.1
+
+    ones = np.asarray(gpt2.dropout(jnp.ones(100_000), 0.3, jax.random.key(0)))
+    assert set(np.unique(ones)) == {0, np.float32(1 / 0.7)}
+    assert abs((ones == 0).mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 100_000)  # four standard errors; the mean stays 1
+
+
+def test_new_model(small):
+    """Section 2.3 of the paper: N(0, 0.02), residual projections smaller by 1/sqrt(2L); about log V nats at the start."""
+    config = dataclasses.replace(small[0], n_layer=4)
+    params = gpt2.init(config, jax.random.key(0))
+    shapes = jax.tree.map(np.shape, params)
+    assert shapes["wte"] == (384, 48) and shapes["blocks"]["c_attn"]["kernel"] == (4, 48, 3, 3, 16)
+    assert params["wte"].std() == pytest.approx(0.02, rel=0.05)
+    assert params["blocks"]["mlp_proj"]["kernel"].std() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    d, f = 48, 80
+    per_block = 4 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * f + (f + 1) * d
+    assert gpt2.count(params) == 384 * d + 24 * d + 4 * per_block + 2 * d
+    logits = apply(config, params, tokens_of(4, 24), np.ones((4, 24), bool))
+    assert float(gpt2.entropy(jnp.asarray(logits)).mean()) == pytest.approx(math.log(300), rel=0.01)
+
+    head = gpt2.ValueHead()
+    values = head.apply(head.init(jax.random.key(0), jnp.ones((1, 48))), jnp.ones((2, 3, 48)))
+    assert values.shape == (2, 3) and (values == 0).all()

@@ -1,0 +1,326 @@
+"""Every knob once, with its unit and its meaning.
+
+One YAML file describes one experiment for all scripts; each script reads its part. Values are set in three layers, later
+ones win: the defaults below, `--config FILE.yaml`, dotted overrides such as `--sft.learning_rate 3e-4`. A name that does
+not exist or a value of the wrong type is refused, in the file and on the command line alike.
+
+Nothing here imports jax: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A combination of settings that cannot work; the message says which, and what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    format: Literal["mesc", "empathetic", "jsonl"] = "jsonl"
+    """How the file is laid out: MESC.csv, the EmpatheticDialogues folder, or our own JSON Lines."""
+    path: str | None = None
+    """File or folder; null = the sample that ships with the package (jsonl only)."""
+    splits: str | None = None
+    """`official` (MESC only), a splits.json by path, or null: the file's own, else by seed and conversation."""
+    clean: bool = True
+    """Mend known defects of the text; what was changed is counted and reported."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A bad row stops the run with its line number, or is counted, listed and left out."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str | None = None
+    """Hugging Face folder or hub id of a GPT-2; null = from scratch with the sizes below."""
+    n_layer: int = 4
+    """Transformer blocks (from scratch only, like the next four)."""
+    n_embd: int = 128
+    """Width of the residual stream; a multiple of n_head."""
+    n_head: int = 4
+    """Attention heads."""
+    n_positions: int = 512
+    """Longest sequence, in tokens, that the position table can hold."""
+    dropout: float = 0.0
+    """Dropout rate in pre-training and SFT, on embeddings, attention and residuals. PPO always runs without."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the matrix products; auto = bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
+
+    def __post_init__(self):
+        require(self.n_embd % self.n_head == 0, f"model.n_embd ({self.n_embd}) must be a multiple of model.n_head ({self.n_head})")
+        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    name: str | None = None
+    """Hugging Face folder or hub id; null = the model's own, or for a model from scratch a byte-level BPE trained here."""
+    vocab_size: int = 2048
+    """Size of the BPE when it is trained here, in tokens, before the prompt's special tokens are added."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    format: Literal["utterance", "context", "emotion", "context_emotion"] = "context_emotion"
+    """What the model sees beside the client's utterance: nothing, earlier turns, the client's emotion, or both."""
+    emotion: Literal["given", "inferred"] = "given"
+    """The client's emotion is read from the annotation, or written by the model itself before it answers."""
+    max_tokens: int = 128
+    """Longest prompt, in tokens: the oldest whole context turns go first, the client's utterance never."""
+
+    def __post_init__(self):
+        require(
+            self.emotion == "given" or "emotion" in self.format,
+            f"prompt.emotion: inferred needs a format with emotion, not prompt.format: {self.format}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One supervised stage: AdamW with linear warm-up and decay."""
+
+    epochs: float = 3.0
+    """Passes over the training split (fractions allowed)."""
+    batch_size: int = 32
+    """Sequences per optimizer step."""
+    accumulate: int = 1
+    """Equal parts that a batch is split into to save memory; the result is that of the whole batch."""
+    learning_rate: float = 3e-4
+    """Peak of the schedule."""
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up from 0."""
+    final_learning_rate: float = 0.1
+    """Where the linear decay ends, as a share of the peak."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, on matrices and embeddings only."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    eval_every: int = 100
+    """Optimizer steps between two validation losses, each with a checkpoint; the newest two and the best are kept."""
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    pad_to: int = 32
+    """Batches are padded to a multiple of this many tokens: fewer shapes to compile against less padding."""
+
+    def __post_init__(self):
+        require(
+            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+            f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})",
+        )
+        for name in ("epochs", "batch_size", "learning_rate", "max_grad_norm", "eval_every", "log_every", "pad_to"):
+            require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Language modelling on plain dialogue, loss on all tokens, so that a model from scratch knows the language."""
+
+    data: list[DataConfig] = field(default_factory=lambda: [DataConfig()])
+    """Data sets whose training conversations are read as plain text."""
+    block_tokens: int = 128
+    """The text is cut into blocks of this many tokens; no padding."""
+
+
+@dataclass(frozen=True)
+class RewardWeights:
+    """Weight of each term in the total reward. A term of weight 0 is still computed and logged."""
+
+    rouge1: float = 0.0
+    """Unigram F1 with the therapist's reply, in [0, 1]."""
+    rouge2: float = 0.0
+    """Bigram F1 with the therapist's reply, in [0, 1]."""
+    rouge_l: float = 1.0
+    """Longest-common-subsequence F1 with the therapist's reply, in [0, 1]."""
+    bleu: float = 0.0
+    """Smoothed sentence BLEU-4 with the therapist's reply, in [0, 1]."""
+    emotion_stated: float = 0.5
+    """1 where the emotion that the model writes is the annotated one, else 0."""
+    repetition: float = 0.2
+    """Minus the share of repeated word bigrams within the reply, in [-1, 0]."""
+    length: float = 0.2
+    """Minus the relative gap to the therapist's reply in words, in [-1, 0]."""
+    ending: float = 0.2
+    """1 where the reply ends (EOS) after a full stop, question or exclamation mark, 0.5 where it merely ends, else 0."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    weights: RewardWeights = field(default_factory=RewardWeights)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    max_new_tokens: int = 32
+    """Longest reply, in tokens, emotion and EOS included."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 = greedy."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability; 1 = all."""
+
+    def __post_init__(self):
+        require(self.max_new_tokens > 0, f"max_new_tokens must be above 0, not {self.max_new_tokens}")
+        require(self.temperature >= 0, f"temperature must be 0 (greedy) or above, not {self.temperature}")
+        require(self.top_k >= 0, f"top_k must be 0 (off) or above, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    iterations: int = 30
+    """Rollout + update rounds."""
+    batch_size: int = 32
+    """Prompts (one reply each) per iteration."""
+    epochs: int = 2
+    """Passes over a rollout."""
+    minibatches: int = 2
+    """Optimizer steps per pass; divides batch_size."""
+    learning_rate: float = 1e-5
+    """Peak; after warm-up it decays linearly to a tenth."""
+    warmup_steps: int = 4
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    kl_coef: float = 0.05
+    """beta: weight of the KL to the frozen SFT policy in the per-token reward."""
+    kl_target: float | None = None
+    """Adaptive beta steers the KL per reply (nats, summed over tokens) towards this; null = fixed beta."""
+    kl_horizon: float = 1000.0
+    """Replies over which the adaptive beta reacts."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """lambda of generalised advantage estimation."""
+    clip: float = 0.2
+    """Ratio clip epsilon of the policy loss."""
+    value_clip: float = 0.2
+    """Clip of the value around its old value."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus (nats per token)."""
+    whiten: bool = True
+    """Advantages of a rollout are scaled to mean 0, variance 1, over reply tokens."""
+    max_update_kl: float | None = 0.1
+    """Mean per-token KL (nats, k3) of old to new policy above which the rest of an update is skipped; null = never."""
+    value_head: Literal["shared"] = "shared"
+    """Where the critic reads: `shared` = a linear head on the policy's own last hidden state."""
+    eval_every: int = 10
+    """Iterations between two greedy evaluations on the same validation prompts, each with a checkpoint."""
+    eval_prompts: int = 64
+    """Validation prompts per evaluation."""
+
+    def __post_init__(self):
+        require(
+            self.minibatches >= 1 and self.batch_size % self.minibatches == 0,
+            f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.minibatches ({self.minibatches})",
+        )
+        require(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target must be above 0, not {self.kl_target}")
+        require(self.kl_horizon > 0, f"ppo.kl_horizon must be above 0, not {self.kl_horizon}")
+        for name in ("iterations", "batch_size", "epochs", "learning_rate", "max_grad_norm", "eval_every", "eval_prompts"):
+            require(getattr(self, name) > 0, f"ppo.{name} must be above 0, not {getattr(self, name)}")
+        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, f"ppo.gamma and ppo.lam must be in [0, 1], not {self.gamma} and {self.lam}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    systems: list[Literal["base", "sft", "ppo", "constant", "retrieval", "random"]] = field(
+        default_factory=lambda: ["base", "sft", "ppo", "constant", "retrieval", "random"]
+    )
+    """What stands in the table; constant, retrieval and random are the trivial answers that keep it honest."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which exchanges are answered."""
+    limit: int | None = None
+    """Answer only the first so many exchanges; null = all."""
+    batch_size: int = 32
+    """Prompts answered at once."""
+    temperature: float = 0.0
+    """Decoding of every system; 0 = greedy."""
+    top_k: int = 0
+    """As in sampling."""
+    top_p: float = 1.0
+    """As in sampling."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1
+    """Devices that a batch is split over; -1 = all there are."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    run_dir: str = "runs/default"
+    """Where everything goes that the run leaves behind."""
+    seed: int = 0
+    """Every random number and the order of the data derive from it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    pretrain: PretrainConfig | None = None
+    sft: TrainingConfig = field(default_factory=TrainingConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    compilation_cache: str | None = "~/.cache/therapy_jax/xla"
+    """Folder for compiled programs, so that a second start does not compile again; null = off."""
+
+    def __post_init__(self):
+        longest = self.prompt.max_tokens + self.sampling.max_new_tokens
+        require(
+            self.model.name is not None or longest <= self.model.n_positions,
+            f"prompt.max_tokens + sampling.max_new_tokens ({longest}) is more than model.n_positions ({self.model.n_positions})",
+        )
+
+
+def parse(argv: list[str] | None = None, description: str | None = None) -> Config:
+    """Command line -> Config. A user's mistake ends the program with one message and exit code 2."""
+    import jsonargparse  # here, so that reading a Config from Python code does not need it
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # allow_abbrev: else `--sft.learning_rat 1` would quietly be taken for learning_rate.
+    usage = "%(prog)s [--config FILE.yaml] [--section.name VALUE ...]"  # all names would fill the screen at each error
+    parser = jsonargparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of one experiment (configs/*.yaml).")
+    parser.add_class_arguments(Config, None)
+    arguments = parser.parse_args(argv)
+    try:
+        values = vars(parser.instantiate(arguments))
+        return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def load(path: str | Path) -> Config:
+    """A YAML file -> Config; for tests and notebooks."""
+    return parse(["--config", str(path)])

@@ -1,0 +1,239 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), with a KV cache, in one page.
+
+    x = wte[token] + wpe[position]
+    for each block:  x += attention(layer_norm(x));  x += mlp(layer_norm(x))
+    logits = layer_norm(x) @ wte.T                      (the head is the embedding, transposed: "tied")
+
+The parameters of the L blocks are stacked along a leading axis, so that the loop over blocks is one `lax.scan`: the block
+is traced and compiled once, whatever the depth. The same forward serves training (no cache), prefill (a cache and a whole
+prompt) and decoding (a cache and one token).
+
+Axes: B batch, T tokens, S slots of the cache, D width, H heads, K = D/H, F = n_inner, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Params = Any  # a nested dict of arrays
+Array = jax.Array
+
+ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's: the tanh approximation
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of one model; the names are Hugging Face's."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # None = 4 * n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    eos_token_id: int = 50256
+    dropout: float = 0.0  # one rate for embeddings, attention and residuals; off unless a key is given
+    compute_dtype: str = "float32"  # of the matrix products; parameters, softmax and losses are float32
+
+    @property
+    def inner(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of wte: a multiple of 128, for TPU lanes and even sharding. The spare rows never get probability."""
+        return math.ceil(self.vocab_size / 128) * 128
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far; slots from `index` on are free."""
+
+    k: Array  # [L, B, H, S, K] compute_dtype
+    v: Array  # [L, B, H, S, K]
+    mask: Array  # bool[B, S], True = a real token sits here
+    index: Array  # i32[], slots used
+
+
+def init_cache(config: GPT2Config, batch: int, slots: int) -> KVCache:
+    shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
+    dtype = jnp.dtype(config.compute_dtype)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
+
+
+def layer_norm(x: Array, params: Params, epsilon: float) -> Array:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    return x * params["scale"] + params["bias"]
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zero a share `rate` of x and scale the rest up; the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+
+
+def attention(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible_BTS: Array, rate: float, key: Array | None) -> Array:
+    """softmax(q k^T / sqrt(K)) v over the visible slots (Vaswani et al. 2017, eq. 1) -> [B, H, T, K]."""
+    scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    scores_BHTS = scores_BHTS / math.sqrt(q_BHTK.shape[-1])
+    # A finite minimum, not -inf: a padding query sees no slot at all, and must give garbage, not NaN.
+    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
+    weights_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1), rate, key).astype(v_BHSK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
+
+
+def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None) -> Array:
+    """One transformer block. `attend(q, k, v)` mixes tokens, with or without a cache."""
+    dtype = jnp.dtype(config.compute_dtype)
+    keys = (None, None) if key is None else jax.random.split(key)
+
+    h_BTD = layer_norm(x_BTD, p["ln_1"], config.layer_norm_epsilon).astype(dtype)
+    qkv = jnp.einsum("btd,dchk->cbhtk", h_BTD, p["c_attn"]["kernel"].astype(dtype))
+    q_BHTK, k_BHTK, v_BHTK = qkv + p["c_attn"]["bias"].astype(dtype)[:, None, :, None, :]
+    mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK)
+    out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, p["attn_proj"]["kernel"].astype(dtype)) + p["attn_proj"]["bias"].astype(dtype)
+    x_BTD = x_BTD + dropout(out_BTD, config.dropout, keys[0])
+
+    h_BTD = layer_norm(x_BTD, p["ln_2"], config.layer_norm_epsilon).astype(dtype)
+    h_BTF = ACTIVATIONS[config.activation_function](h_BTD @ p["c_fc"]["kernel"].astype(dtype) + p["c_fc"]["bias"].astype(dtype))
+    out_BTD = h_BTF @ p["mlp_proj"]["kernel"].astype(dtype) + p["mlp_proj"]["bias"].astype(dtype)
+    return x_BTD + dropout(out_BTD, config.dropout, keys[1])
+
+
+class GPT2(nn.Module):
+    """`GPT2(config).apply({"params": params}, tokens, attention_mask) -> logits_BTV`, a pure function of its arguments."""
+
+    config: GPT2Config
+
+    def setup(self):
+        c = self.config
+        heads, k = c.n_head, c.n_embd // c.n_head
+        normal = nn.initializers.normal
+        # GPT-2 section 2.3: projections into the residual stream start smaller, by 1/sqrt of their number (2 a block).
+        small = normal(0.02 / math.sqrt(2 * c.n_layer))
+
+        def init_blocks(key):
+            keys = jax.random.split(key, 4)
+            ones, zeros = (lambda *s: jnp.ones((c.n_layer, *s))), (lambda *s: jnp.zeros((c.n_layer, *s)))
+            return {
+                "ln_1": {"scale": ones(c.n_embd), "bias": zeros(c.n_embd)},
+                "c_attn": {  # axis 1 of the kernel: query, key, value
+                    "kernel": normal(0.02)(keys[0], (c.n_layer, c.n_embd, 3, heads, k)),
+                    "bias": zeros(3, heads, k),
+                },
+                "attn_proj": {"kernel": small(keys[1], (c.n_layer, heads, k, c.n_embd)), "bias": zeros(c.n_embd)},
+                "ln_2": {"scale": ones(c.n_embd), "bias": zeros(c.n_embd)},
+                "c_fc": {"kernel": normal(0.02)(keys[2], (c.n_layer, c.n_embd, c.inner)), "bias": zeros(c.inner)},
+                "mlp_proj": {"kernel": small(keys[3], (c.n_layer, c.inner, c.n_embd)), "bias": zeros(c.n_embd)},
+            }
+
+        self.wte = self.param("wte", normal(0.02), (c.padded_vocab_size, c.n_embd))
+        self.wpe = self.param("wpe", normal(0.01), (c.n_positions, c.n_embd))
+        self.blocks = self.param("blocks", init_blocks)
+        self.ln_f = self.param("ln_f", lambda _: {"scale": jnp.ones(c.n_embd), "bias": jnp.zeros(c.n_embd)})
+
+    def hidden(self, tokens: Array, attention_mask: Array, cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
+        """Last hidden state, after the final layer norm, before the head.
+
+        tokens i32[B,T], attention_mask bool[B,T] (True = a real token; padding may stand left or right), cache: the tokens
+        before these, if any -> f32[B,T,D] and the cache with these tokens added. Positions count real tokens only, so
+        padding never moves them. Dropout is on where apply() is given rngs={"dropout": key}.
+        """
+        c = self.config
+        before = 0 if cache is None else cache.mask.sum(-1, keepdims=True)
+        positions = jnp.clip(before + jnp.cumsum(attention_mask, -1) - 1, 0, c.n_positions - 1)
+        key = self.make_rng("dropout") if self.has_rng("dropout") and c.dropout > 0 else None
+        x_BTD = dropout(self.wte[tokens] + self.wpe[positions], c.dropout, key)
+
+        length = tokens.shape[1]
+        if cache is None:
+            start, seen = 0, attention_mask
+        else:
+            start = cache.index
+            seen = jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
+        causal_TS = jnp.arange(seen.shape[1]) <= start + jnp.arange(length)[:, None]
+        visible_BTS = causal_TS & seen[:, None, :]
+
+        def step(carry, layer):
+            x_BTD, kv = carry
+            p, i = layer
+            block_key = None if key is None else jax.random.fold_in(key, i)
+            attention_key = None if key is None else jax.random.fold_in(block_key, 2)
+
+            def attend(q_BHTK, k_BHTK, v_BHTK):
+                nonlocal kv
+                if kv is not None:  # written in place into the carried cache, then this block's slots are read back
+                    kv = tuple(
+                        jax.lax.dynamic_update_slice(old, new[None], (i, 0, 0, start, 0))
+                        for old, new in zip(kv, (k_BHTK, v_BHTK), strict=True)
+                    )
+                    k_BHTK, v_BHTK = kv[0][i], kv[1][i]
+                return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
+
+            x_BTD = block(c, p, x_BTD, attend, block_key)
+            return (x_BTD, kv), None
+
+        kv = None if cache is None else (cache.k, cache.v)
+        (x_BTD, kv), _ = jax.lax.scan(step, (x_BTD, kv), (self.blocks, jnp.arange(c.n_layer)))
+        hidden_BTD = layer_norm(x_BTD, self.ln_f, c.layer_norm_epsilon)
+        return hidden_BTD, None if cache is None or kv is None else KVCache(kv[0], kv[1], seen, start + length)
+
+    def __call__(self, tokens: Array, attention_mask: Array) -> Array:
+        """Next-token logits f32[B,T,V] over the real vocabulary; for people and tests. The hot paths call `hidden`."""
+        return head(self.config, self.wte, self.hidden(tokens, attention_mask)[0])[..., : self.config.vocab_size]
+
+
+def head(config: GPT2Config, wte: Array, hidden: Array) -> Array:
+    """hidden [..., D] -> logits f32[..., padded vocabulary], the spare rows at the float minimum."""
+    dtype = jnp.dtype(config.compute_dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden.astype(dtype), wte.astype(dtype), preferred_element_type=jnp.float32)
+    if config.padded_vocab_size == config.vocab_size:
+        return logits
+    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)
+
+
+def token_logprobs(logits: Array, tokens: Array) -> Array:
+    """log softmax(logits)[token]: logits f32[...,V], tokens i32[...] -> f32[...] nats. No [..., V] array of logs is made."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy(logits: Array) -> Array:
+    """-sum p log p over the last axis, nats."""
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return log_z[..., 0] - (jnp.exp(logits - log_z) * logits).sum(-1)
+
+
+class ValueHead(nn.Module):
+    """A scalar from each hidden state: hidden f32[...,D] -> values f32[...]. Zero at the start, so the first advantages
+    are those of the rewards alone, and no random critic wrecks the policy that it shares a trunk with."""
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        return nn.Dense(1, kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="value")(hidden)[..., 0]
+
+
+def init(config: GPT2Config, key: Array) -> Params:
+    """Random parameters of a new model (float32)."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(GPT2(config).init)(key, tokens, jnp.ones((1, 1), bool))["params"]
+
+
+def count(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,298 @@
+"""Text metrics for replies: BLEU, ROUGE, METEOR, Distinct and emotion scores, as nltk and rouge-score compute them.
+
+BLEU and METEOR change by a third to a half with the tokeniser alone, so there is one tokeniser here, `words`, and
+`signature()` states everything that a reader needs to compare two numbers. Overlap cannot rank systems on its own, for
+a constant reply beats retrieval on ROUGE: report it beside `distinct`, `commonest_share` and the trivial baselines.
+
+An empty reply scores 0 and never raises; an empty list of replies raises ValueError. Nothing here touches the network.
+"""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nltk.data
+from nltk.corpus.reader.wordnet import WordNetCorpusReader
+from nltk.stem.porter import PorterStemmer
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.translate import bleu_score
+from nltk.translate.meteor_score import single_meteor_score
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize as rouge_tokenize
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+DEBIAN_WORDNET = Path("/usr/share/wordnet")  # Debian packages wordnet-base and wordnet-sense-index
+_PARTS = ("adj", "adv", "noun", "verb")
+_NEEDED = [f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS] + [f"{part}.exc" for part in _PARTS]
+_OPTIONAL = ["cntlist.rev", "index.sense"]
+# WordNet's list of lexicographer files (manual page lexnames(5WN)), which Debian leaves out of the package.
+_LEXNAMES = (
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition "
+    "noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person "
+    "noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
+    "noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition "
+    "verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
+    "verb.stative verb.weather adj.ppl"
+).split()
+
+_treebank = NLTKWordTokenizer()
+_porter = PorterStemmer()
+_method1 = bleu_score.SmoothingFunction().method1
+_stem = lru_cache(maxsize=1 << 16)(_porter.stem)
+
+
+@lru_cache(maxsize=1 << 16)
+def words(text: str) -> tuple[str, ...]:
+    """Lower-cased tokens of nltk's NLTKWordTokenizer (Treebank rules, no sentence splitting, no download)."""
+    return tuple(_treebank.tokenize(text.lower()))
+
+
+@lru_cache(maxsize=1 << 16)
+def _rouge_words(text: str) -> tuple[str, ...]:
+    return tuple(rouge_tokenize(text, SimpleNamespace(stem=_stem)))
+
+
+_rouge_scorer = RougeScorer(ROUGE, tokenizer=SimpleNamespace(tokenize=_rouge_words))
+
+
+# ---------------------------------------------------------------------------------------------------------- WordNet
+
+
+class _WordNet(WordNetCorpusReader):
+    def map_wn(self, version: str = "wordnet") -> None:
+        """The mapping between WordNet releases serves other languages only, and reading it takes seconds."""
+
+
+def install_wordnet(target_dir: str | Path, source: str | Path | None = None) -> Path:
+    """Makes `target_dir`/corpora/wordnet, as nltk reads it, from the files of Debian's wordnet-base; returns it.
+
+    The files are copied, because nltk refuses links that lead out of its data folder, and no one else may write to
+    them, because nltk refuses that as well. Raises FileNotFoundError where `source` lacks a file.
+    """
+    root, source = Path(target_dir), Path(source or DEBIAN_WORDNET)
+    final = root / "corpora" / "wordnet"
+    if final.is_dir():
+        return final
+    if missing := [name for name in _NEEDED if not (source / name).is_file()]:
+        raise FileNotFoundError(f"no WordNet in {source}: it lacks {', '.join(missing)} (Debian: wordnet-base)")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=root))  # renamed at the end: another process never sees half a dictionary
+    try:
+        for name in _NEEDED + [name for name in _OPTIONAL if (source / name).is_file()]:
+            shutil.copyfile(source / name, staging / name)
+        lines = (f"{i:02}\t{name}\t{1 + ('noun verb adj adv'.split()).index(name.split('.')[0])}\n"
+                 for i, name in enumerate(_LEXNAMES))
+        (staging / "lexnames").write_text("".join(lines))
+        for file in staging.iterdir():
+            file.chmod(0o644)
+        for folder in (root, final.parent, staging):
+            folder.chmod(0o755)
+        staging.rename(final)
+    except OSError:
+        if not final.is_dir():  # else another process was quicker, and its copy serves
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def cache_dir() -> Path:
+    """Where `wordnet` keeps its copy: $THERAPY_JAX_CACHE/nltk_data, or else ~/.cache/therapy_jax/nltk_data."""
+    return Path(os.environ.get("THERAPY_JAX_CACHE") or Path.home() / ".cache" / "therapy_jax") / "nltk_data"
+
+
+@lru_cache(maxsize=1)
+def wordnet() -> WordNetCorpusReader | None:
+    """WordNet from nltk's data folders, or from Debian's files by way of `cache_dir()`; None where there is neither."""
+    found = next((reader for folder in list(nltk.data.path) if (reader := _open_wordnet(folder)) is not None), None)
+    if found is not None:
+        return found
+    cache = cache_dir()
+    if DEBIAN_WORDNET.is_dir():
+        try:
+            install_wordnet(cache)
+        except OSError as error:
+            warnings.warn(f"WordNet could not be copied to {cache}: {error}", stacklevel=2)
+    return _open_wordnet(str(cache))
+
+
+def _open_wordnet(folder: str) -> WordNetCorpusReader | None:
+    for name in ("corpora/wordnet", "corpora/wordnet.zip/wordnet/"):
+        try:
+            found = nltk.data.find(name, [folder])
+            if folder not in nltk.data.path:
+                nltk.data.path.append(folder)  # nltk opens no file outside its path
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "multilingual functions are not available": not needed
+                return _WordNet(found, None)
+        except (LookupError, OSError, ValueError):  # absent, incomplete, or refused
+            continue
+    return None
+
+
+@lru_cache(maxsize=1 << 16)
+def _synsets(reader: WordNetCorpusReader | None, word: str) -> list[Any]:
+    return [] if reader is None else reader.synsets(word)
+
+
+def meteor_name() -> str:
+    """"meteor", or "meteor_exact_stem" where WordNet is absent: without synonyms it is a lesser, other metric."""
+    return "meteor_exact_stem" if wordnet() is None else "meteor"
+
+
+# ---------------------------------------------------------------------------------------------- one reply, then many
+
+
+def _bleu(reply: str, reference: str) -> float:
+    return float(bleu_score.sentence_bleu([words(reference)], words(reply), smoothing_function=_method1))  # type: ignore
+
+
+def _rouge(reply: str, reference: str) -> dict[str, float]:
+    return {name: float(score.fmeasure) for name, score in _rouge_scorer.score(reference, reply).items()}
+
+
+def _meteor(reply: str, reference: str) -> float:
+    stemmer: Any = SimpleNamespace(stem=_stem)
+    lexicon: Any = SimpleNamespace(synsets=partial(_synsets, wordnet()))
+    return float(single_meteor_score(words(reference), words(reply), stemmer=stemmer, wordnet=lexicon))
+
+
+def item_scores(reply: str, reference: str) -> dict[str, float]:
+    """bleu, rouge1, rouge2, rougeL and `meteor_name()` of one reply, each in [0, 1]: what a paired bootstrap needs."""
+    return {"bleu": _bleu(reply, reference), **_rouge(reply, reference), meteor_name(): _meteor(reply, reference)}
+
+
+def mean_scores(items: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of every key over the items."""
+    _some(items)
+    return {key: sum(item[key] for item in items) / len(items) for key in items[0]}
+
+
+def _some(replies: Sequence[Any]) -> None:
+    if not replies:
+        raise ValueError("nothing to score: the list is empty")
+
+
+def _pairs(replies: Sequence[str], references: Sequence[str]) -> Iterable[tuple[str, str]]:
+    _some(replies)
+    if len(replies) != len(references):
+        raise ValueError(f"{len(replies)} replies but {len(references)} references")
+    return zip(replies, references, strict=True)
+
+
+def bleu(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """{"bleu"}: mean sentence BLEU-4 on `words`, in [0, 1] (Papineni et al. 2002; nltk, smoothing method 1).
+
+    Method 1 (Chen and Cherry 2014) puts 0.1 for a count of 0, so a reply under four words stays below 1 even where it
+    equals the reference.
+    """
+    return mean_scores([{"bleu": _bleu(*pair)} for pair in _pairs(replies, references)])
+
+
+def corpus_bleu(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """{"corpus_bleu"}: BLEU-4 of the whole list, without smoothing, on `words`, in [0, 1] (Papineni et al. 2002)."""
+    pairs = list(_pairs(replies, references))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk warns where an order of n-grams has no match: the score is then 0
+        score = bleu_score.corpus_bleu([[words(b)] for _, b in pairs], [words(a) for a, _ in pairs])
+    return {"corpus_bleu": float(score)}  # type: ignore[arg-type]
+
+
+def rouge(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """{"rouge1", "rouge2", "rougeL"}: mean F1 in [0, 1] (Lin 2004), by rouge-score with its own tokens and stemming."""
+    return mean_scores([_rouge(*pair) for pair in _pairs(replies, references)])
+
+
+def meteor(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """{`meteor_name()`}: mean METEOR on `words`, in [0, 1) (Lavie and Agarwal 2007; nltk: alpha .9, beta 3, gamma .5).
+
+    Words match exactly, then by Porter stem, then by WordNet synonym; "meteor_exact_stem" lacks the last step. nltk
+    hands the last step stems, not words, so "big" meets "large" (stem "larg") in no synset: kept, for comparability.
+    """
+    name = meteor_name()
+    return mean_scores([{name: _meteor(*pair)} for pair in _pairs(replies, references)])
+
+
+# ------------------------------------------------------------------------------------------------- the replies alone
+
+
+def distinct(replies: Sequence[str], n: int) -> float:
+    """Corpus-level distinct-n in [0, 1]: different n-grams over all n-grams of the whole list, on `words`.
+
+    (Li et al. 2016.) It falls as the list grows and as replies lengthen: compare lists of like size only. 0 where no
+    reply has n words. N-grams never run from one reply into the next.
+    """
+    _some(replies)
+    ngrams = [tokens[i : i + n] for tokens in map(words, replies) for i in range(len(tokens) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def commonest(replies: Sequence[str]) -> tuple[str, float]:
+    """The commonest reply (lower-cased, white space folded) and its share in (0, 1]; the earliest of equals."""
+    _some(replies)
+    reply, count = Counter(" ".join(reply.lower().split()) for reply in replies).most_common(1)[0]
+    return reply, count / len(replies)
+
+
+def commonest_share(replies: Sequence[str]) -> float:
+    """The share of the commonest reply, in (0, 1]: near 1 for a system that always says the same."""
+    return commonest(replies)[1]
+
+
+def reply_words(replies: Sequence[str]) -> float:
+    """Mean number of `words` in a reply (punctuation marks count)."""
+    _some(replies)
+    return sum(map(len, map(words, replies))) / len(replies)
+
+
+def text_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Every text metric of this file: overlap with the references, and how varied and how long the replies are."""
+    overlap = mean_scores([item_scores(*pair) for pair in _pairs(replies, references)])
+    return overlap | {"distinct1": distinct(replies, 1), "distinct2": distinct(replies, 2),
+                      "commonest_share": commonest_share(replies), "reply_words": reply_words(replies)}
+
+
+# ---------------------------------------------------------------------------------------------------------- emotions
+
+
+def _labels(labels: Iterable[str | None]) -> list[str]:
+    return [(label or "").strip().lower() for label in labels]
+
+
+def emotion_scores(predicted: Sequence[str | None], gold: Sequence[str | None], prefix: str) -> dict[str, float]:
+    """{prefix}_accuracy and {prefix}_macro_f1, in [0, 1]; letter case and outer blanks of a label do not count.
+
+    Items without a gold label are left out; a missing prediction is a wrong one. Macro-F1 is the plain mean of F1 over
+    the classes that occur in gold (scikit-learn's `labels=sorted(set(gold))`). Raises ValueError where no gold label is
+    left. Where one class rules, accuracy says nothing: put it beside `majority_accuracy`.
+    """
+    if len(predicted) != len(gold):
+        raise ValueError(f"{len(predicted)} predictions but {len(gold)} gold labels")
+    pairs = [(p, g) for p, g in zip(_labels(predicted), _labels(gold), strict=True) if g]
+    if not pairs:
+        raise ValueError("nothing to score: no gold label")
+    right = Counter(g for p, g in pairs if p == g)
+    said, true = Counter(p for p, _ in pairs), Counter(g for _, g in pairs)
+    f1 = [2 * right[label] / (said[label] + true[label]) for label in true]
+    return {f"{prefix}_accuracy": right.total() / len(pairs), f"{prefix}_macro_f1": sum(f1) / len(f1)}
+
+
+def majority_accuracy(gold: Sequence[str | None]) -> float:
+    """The accuracy, in (0, 1], of always answering the commonest label of `gold`; unlabelled items are left out."""
+    return commonest_share([label for label in _labels(gold) if label])
+
+
+def signature() -> str:
+    """One line to print under every table: tokeniser, variants and versions. Equal lines mean comparable numbers."""
+    reader = wordnet()
+    synonyms = "exact+stem" if reader is None else f"wordnet{reader.get_version()}"
+    return (f"tok:NLTKWordTokenizer,lower|bleu:sentence,nltk,method1|rouge:rouge-score {version('rouge-score')},stem"
+            f"|meteor:nltk,{synonyms}|v1")

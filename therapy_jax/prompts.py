@@ -1,0 +1,173 @@
+"""An exchange -> tokens. The restructured input of the paper (section 3): context + emotional state + client utterance.
+
+    <|client|> I told you. <|therapist|> Told me what? <|utterance|> That you'd be sorry. <|emotion|> sadness <|reply|>
+    └────────── context: whole earlier turns ────────┘ └─ the client, now ─────────────┘ └─ annotated ─┘
+
+and the structured reply that the model learns to write:
+
+     neutral<|text|> I'm not sorry at all.<|endoftext|>
+
+Formats leave parts out: `utterance` has neither context nor emotion, `context` no emotion, `emotion` no context. With
+`emotion: inferred` the sequence is the same, only the border moves: the prompt stops after <|emotion|>, and the model
+writes the client's emotion and <|reply|> itself before it answers, since nobody labels a live client.
+
+Text can never forge a marker: it is encoded with special tokens switched off. Masks come from lengths, never from ids.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from therapy_jax.config import PromptConfig
+from therapy_jax.dialogue import EMOTIONS, DataError, Exchange, Turn
+from therapy_jax.weights import WeightsError, resolve
+
+SPECIAL_TOKENS = ("<|client|>", "<|therapist|>", "<|utterance|>", "<|emotion|>", "<|reply|>", "<|text|>")
+EOS = "<|endoftext|>"
+
+
+class Example(NamedTuple):
+    """One training exchange: the model reads `prompt` and learns to write `reply`, whose last token is the only EOS."""
+
+    prompt: list[int]
+    reply: list[int]
+    dropped_turns: int  # context turns that the budget left out
+
+
+class ParsedReply(NamedTuple):
+    """What a written reply says. Without <|text|> (the base model never learnt it) all of it is text."""
+
+    client_emotion: str | None  # only with emotion: inferred
+    emotion: str | None  # the therapist's, as stated
+    text: str
+    ended: bool  # by EOS, not by the length limit
+
+
+def load_tokenizer(folder_or_hub_id: str | os.PathLike) -> Any:
+    """A Hugging Face tokenizer: a folder with tokenizer.json, one with GPT-2's vocab.json + merges.txt, or a hub id."""
+    import transformers  # two seconds; here, so that importing this module stays cheap
+
+    folder = resolve(folder_or_hub_id)
+    bare = not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if bare and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise WeightsError(f"{folder}: no tokenizer here (neither tokenizer.json nor vocab.json + merges.txt)")
+    loader = transformers.GPT2Tokenizer if bare else transformers.AutoTokenizer
+    tokenizer = loader.from_pretrained(folder, trust_remote_code=False) if not bare else loader.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise WeightsError(f"{folder}: the tokenizer has no EOS token, so no reply could ever end")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE like GPT-2's (Radford et al. 2019, section 2.2), trained on these texts; EOS is token 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS, clean_up_tokenization_spaces=False)
+
+
+def add_special_tokens(tokenizer: Any) -> int:
+    """Add the markers of the prompt where they are missing; returns how many were new."""
+    return tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Text -> ids, with a leading space (so that the first word is the same token as inside a sentence). A marker that
+    somebody typed into their text stays ordinary characters."""
+    return tokenizer.encode(" " + text.strip(), add_special_tokens=False, split_special_tokens=True)
+
+
+def emotion_ids(tokenizer: Any) -> list[list[int]]:
+    """The tokens of each emotion word, in the order of EMOTIONS."""
+    return [encode_text(tokenizer, word) for word in EMOTIONS]
+
+
+def plain_text(turns: Sequence[Turn]) -> str:
+    """A conversation for pre-training: one turn a line, no markers, so that base is a plain language model."""
+    return "\n".join(turn.text for turn in turns)
+
+
+def encode_prompt(tokenizer: Any, context: Sequence[Turn], client: Turn, config: PromptConfig) -> tuple[list[int], int]:
+    """-> (ids, context turns dropped). The oldest whole turns go first until the prompt fits config.max_tokens; the client's
+    utterance always stays whole, even where it alone is longer than that."""
+    marker = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    tail = [marker["<|utterance|>"], *encode_text(tokenizer, client.text)]
+    if "emotion" in config.format:
+        if config.emotion == "inferred":
+            tail += [marker["<|emotion|>"]]
+        elif client.emotion is not None:
+            tail += [marker["<|emotion|>"], *encode_text(tokenizer, client.emotion)]
+    if config.emotion == "given":
+        tail += [marker["<|reply|>"]]
+
+    turns = [[marker[f"<|{t.speaker}|>"], *encode_text(tokenizer, t.text)] for t in context] if "context" in config.format else []
+    kept: list[list[int]] = []
+    room = config.max_tokens - len(tail)
+    for turn in reversed(turns):
+        room -= len(turn)
+        if room < 0:
+            break
+        kept.insert(0, turn)
+    return [i for turn in kept for i in turn] + tail, len(turns) - len(kept)
+
+
+def encode_reply(tokenizer: Any, therapist: Turn, client_emotion: str | None, config: PromptConfig) -> list[int]:
+    """The supervised part: emotion, <|text|>, text, and exactly one EOS. Never cut."""
+    marker = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    inferred = [*encode_text(tokenizer, client_emotion or ""), marker["<|reply|>"]] if config.emotion == "inferred" else []
+    stated = encode_text(tokenizer, therapist.emotion) if therapist.emotion else []
+    return [*inferred, *stated, marker["<|text|>"], *encode_text(tokenizer, therapist.text), tokenizer.eos_token_id]
+
+
+def encode(tokenizer: Any, exchange: Exchange, config: PromptConfig, longest: int) -> Example:
+    """One exchange -> Example. Raises DataError where prompt + reply exceed `longest` (the model's positions), or where
+    `emotion: inferred` meets a client turn without an emotion."""
+    if config.emotion == "inferred" and exchange.client.emotion is None:
+        raise DataError(
+            f"conversation {exchange.conversation_id}: a client turn has no emotion, which prompt.emotion: inferred needs; "
+            "annotate it or set prompt.emotion: given"
+        )
+    prompt, dropped = encode_prompt(tokenizer, exchange.context, exchange.client, config)
+    reply = encode_reply(tokenizer, exchange.therapist, exchange.client.emotion, config)
+    if len(prompt) + len(reply) > longest:
+        raise DataError(
+            f"conversation {exchange.conversation_id}: the client's utterance and the reply take {len(prompt) + len(reply)} tokens, "
+            f"more than the model's {longest} positions; shorten them, or raise model.n_positions"
+        )
+    return Example(prompt, reply, dropped)
+
+
+def parse_reply(tokenizer: Any, ids: Sequence[int]) -> ParsedReply:
+    """Generated ids (EOS included where it came) -> emotion and text; tolerant of any order the model may have written."""
+    marker = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = list(ids)
+    ended = tokenizer.eos_token_id in ids
+    if ended:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    client_ids: list[int] = []
+    if marker["<|reply|>"] in ids:
+        border = ids.index(marker["<|reply|>"])
+        client_ids, ids = ids[:border], ids[border + 1 :]
+    stated: list[int] = []
+    if marker["<|text|>"] in ids:
+        border = ids.index(marker["<|text|>"])
+        stated, ids = ids[:border], ids[border + 1 :]
+
+    def read(part: list[int]) -> str:
+        return tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    words = {word: word for word in EMOTIONS}
+    return ParsedReply(words.get(read(client_ids)), words.get(read(stated)), read(ids), ended)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,133 @@
+"""Generation as one compiled program: prefill the cache with the prompts, then decode token by token until all have ended.
+
+Prompts are padded on the left, so all replies start in the same column; positions come from the mask, so a reply is the
+same alone, in a batch, and behind any amount of padding. Each row draws from a key of its own, so that holds for sampled
+replies too.
+
+`reply_logprobs` is the one log-prob function of this project: rollout, reference policy and PPO update all call it, with
+the sampling temperature inside, so that the ratio of a fresh policy to itself is 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from therapy_jax import gpt2
+from therapy_jax.batching import Prompt
+from therapy_jax.config import SamplingConfig
+from therapy_jax.gpt2 import Array, Params
+
+
+class Reply(NamedTuple):
+    """Generated tokens. `mask` is True up to and including EOS (or the length limit); the rest is 0 and counts for nothing."""
+
+    tokens: Array  # i32[B, R], padded on the right
+    mask: Array  # bool[B, R]
+    logprobs: Array  # f32[B, R] nats, of the sampled tokens under softmax(logits / temperature); 0 outside the mask
+
+
+def temper(logits: Array, temperature: float) -> Array:
+    """logits / temperature; temperature 0 (greedy) leaves them, since argmax does not care."""
+    if temperature in (0.0, 1.0):
+        return logits
+    return jnp.maximum(logits / temperature, jnp.finfo(jnp.float32).min)  # masked logits stay finite: 0 * -inf is NaN
+
+
+def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
+    """Mask all but the k likeliest tokens and/or the smallest set that holds top_p of the probability (Holtzman et al.
+    2020, "The Curious Case of Neural Text Degeneration"): logits f32[B,V] -> f32[B,V]. The likeliest token always stays."""
+    lowest = jnp.finfo(jnp.float32).min
+    if top_k:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, lowest)
+    if top_p < 1.0:
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), axis=-1)
+        before = jnp.cumsum(ranked, -1) - ranked  # probability of all likelier tokens
+        kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < top_p, -1, inplace=False)
+        logits = jnp.where(kept, logits, lowest)
+    return logits
+
+
+def draw(logits: Array, uniform: Array) -> Array:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds uniform f32[B] in [0,1) -> i32[B].
+
+    In two levels, so that no cumulative sum over the whole vocabulary is needed: first the block of 128 tokens in which
+    the target falls, then the token within it. One uniform per row, against one per token for the Gumbel trick.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True)).reshape(logits.shape[0], -1, 128)
+
+    def first_above(weights, target):  # f32[B,N], f32[B] -> index i32[B], mass before it f32[B]
+        cumulative, some = jnp.cumsum(weights, -1), weights > 0
+        # Rounding may lift the target to the total, push it below 0, or make the sums creep where nothing is added.
+        target = jnp.minimum(target, jnp.nextafter(jnp.where(some, cumulative, 0.0).max(-1), jnp.float32(0)))
+        index = jnp.argmax(some & (cumulative > target[:, None]), -1)  # so weight 0 is never picked
+        picked = jnp.take_along_axis(cumulative - weights, index[:, None], -1)[:, 0]
+        return index, target - picked
+
+    sums = weights.sum(-1)
+    block, rest = first_above(sums, uniform * sums.sum(-1))
+    inside = jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0]
+    token, _ = first_above(inside, rest)
+    return (block * 128 + token).astype(jnp.int32)
+
+
+def generate(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cfg: SamplingConfig) -> Reply:
+    """Prompts -> replies. key: one for the batch (row i draws from fold_in(key, i)), or one per row, [B].
+
+    Stops when every reply has ended, at the latest after cfg.max_new_tokens. P + max_new_tokens must not exceed the
+    model's positions (ValueError): beyond them GPT-2 has never learnt anything.
+    """
+    batch, length = prompt.tokens.shape
+    limit, config = cfg.max_new_tokens, model.config
+    if length + limit > config.n_positions:
+        raise ValueError(f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions")
+    row_keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+    def forward(tokens, mask, cache):
+        hidden_BTD, cache = model.apply({"params": params}, tokens, mask, cache, method="hidden")
+        return gpt2.head(config, params["wte"], hidden_BTD[:, -1]), cache  # the last position only: [B, V]
+
+    def choose(step, logits):
+        logits = temper(logits, cfg.temperature)
+        if cfg.temperature == 0.0:
+            return jnp.argmax(logits, -1).astype(jnp.int32), logits
+        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
+        return draw(keep_likely(logits, cfg.top_k, cfg.top_p), uniform), logits
+
+    def unfinished(carry):
+        step, _, _, alive, _, _ = carry
+        return (step < limit) & alive.any()
+
+    def decode(carry):
+        step, reply, cache, alive, logits, _ = carry
+        token, tempered = choose(step, logits)
+        token = jnp.where(alive, token, 0)
+        logprob = jnp.where(alive, gpt2.token_logprobs(tempered, token), 0.0)
+        reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
+        going_on = alive & (token != config.eos_token_id)
+        logits, cache = forward(token[:, None], alive[:, None], cache)
+        return step + 1, reply, cache, going_on, logits, step
+
+    logits, cache = forward(prompt.tokens, prompt.mask, gpt2.init_cache(config, batch, length + limit))
+    empty = Reply(jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32))
+    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits, jnp.int32(0))
+    return jax.lax.while_loop(unfinished, decode, start)[1]
+
+
+def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
+    """Hidden states from which each reply token is predicted: f32[B,R,D] (the last prompt position predicts the first)."""
+    both = jnp.concatenate([prompt.tokens, tokens], 1), jnp.concatenate([prompt.mask, mask], 1)
+    hidden_BTD, _ = model.apply({"params": params}, *both, method="hidden")
+    return hidden_BTD[:, prompt.tokens.shape[1] - 1 : -1]
+
+
+def reply_logprobs(params: Params, hidden_BRD: Array, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float) -> tuple[Array, Array]:
+    """-> (log-probs, entropy), f32[B,R] each, nats, of softmax(logits / temperature); 0 outside the mask. Only reply
+    positions go through the head: [B,P,V] is never computed."""
+    logits_BRV = temper(gpt2.head(model.config, params["wte"], hidden_BRD), temperature)
+    logprobs = jnp.where(mask, gpt2.token_logprobs(logits_BRV, tokens), 0.0)
+    return logprobs, jnp.where(mask, gpt2.entropy(logits_BRV), 0.0)

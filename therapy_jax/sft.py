@@ -1,0 +1,108 @@
+"""Supervised fine-tuning, by hand: a loss, its gradient, AdamW.
+
+    loss = - sum over supervised tokens of log p(token | tokens before it) / number of supervised tokens
+
+Pre-training on plain dialogue is the same step; only the batch says which tokens are targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from therapy_jax import gpt2
+from therapy_jax.batching import Batch
+from therapy_jax.config import TrainingConfig
+from therapy_jax.gpt2 import Array, Params
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    params: Params
+    opt_state: Any
+    step: Array  # i32[], optimizer steps done
+
+
+def decayed(params: Params) -> Params:
+    """True where weight decay applies: matrices and embeddings, not biases and layer-norm scales (which, stacked over
+    layers, cannot be told by their rank)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "wte", "wpe"), params)
+
+
+def schedule(peak: float, warmup_steps: int, steps: int, final: float) -> optax.Schedule:
+    """Linear from 0 to `peak`, then linear to `final` * peak at the last step."""
+    warmup = min(warmup_steps, max(steps // 2, 1))
+    up = optax.linear_schedule(0.0, peak, warmup)
+    down = optax.linear_schedule(peak, peak * final, max(steps - warmup, 1))
+    return optax.join_schedules([up, down], [warmup])
+
+
+def optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with the schedule above."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            schedule(config.learning_rate, config.warmup_steps, steps, config.final_learning_rate),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(params, tx.init(params), jnp.int32(0))
+
+
+def sft_loss(params: Params, batch: Batch, key: Array | None, *, model: gpt2.GPT2) -> tuple[Array, Array]:
+    """-> (summed negative log-likelihood f32[] in nats, number of supervised tokens f32[]). A sum, not a mean: parts of a
+    batch then add up to the whole, whatever share of the tokens each holds. Without a key there is no dropout."""
+    rngs = None if key is None else {"dropout": key}
+    hidden_BTD, _ = model.apply({"params": params}, batch.tokens, batch.attention_mask, method="hidden", rngs=rngs)
+    logits_BTV = gpt2.head(model.config, params["wte"], hidden_BTD[:, :-1])
+    logprobs = gpt2.token_logprobs(logits_BTV, batch.tokens[:, 1:])
+    counted = batch.loss_mask[:, 1:]
+    return -jnp.where(counted, logprobs, 0.0).sum(), counted.sum().astype(jnp.float32)
+
+
+def sft_step(
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    *,
+    model: gpt2.GPT2,
+    tx: optax.GradientTransformation,
+    cfg: TrainingConfig,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on one batch (arrays of [B, T]; B a multiple of cfg.accumulate).
+
+    With accumulate > 1 the batch is walked in equal parts, one after the other: sums of losses and gradients are carried,
+    and divided by the tokens of the whole batch at the end, so that the step equals that of the undivided batch (without
+    dropout, exactly but for rounding). Metrics: loss (nats per supervised token), tokens, grad_norm (before clipping).
+    """
+    key = jax.random.fold_in(key, state.step)
+    parts = jax.tree.map(lambda x: x.reshape(cfg.accumulate, -1, *x.shape[1:]), batch)
+    value_and_grad = jax.value_and_grad(sft_loss, has_aux=True)
+
+    def add_part(carry, part):
+        i, batch_part = part
+        (loss, tokens), grads = value_and_grad(state.params, batch_part, jax.random.fold_in(key, i), model=model)
+        return jax.tree.map(jnp.add, carry, (loss, tokens, grads)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+    (loss, tokens, grads), _ = jax.lax.scan(add_part, zeros, (jnp.arange(cfg.accumulate), parts))
+    tokens = jnp.maximum(tokens, 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    return TrainState(params, opt_state, state.step + 1), metrics

@@ -1,0 +1,226 @@
+"""Hugging Face safetensors <-> our parameters, both ways, every key and shape checked, torch never needed.
+
+Hugging Face stores GPT-2's matrices as (in, out), like us, one entry per block (`h.3.attn.c_attn.weight`); we stack the
+blocks and split the heads: c_attn (D, 3D) -> (L, D, 3, H, K), attn.c_proj (D, D) -> (L, H, K, D).
+Hub files come with and without the `transformer.` prefix; old ones carry causal-mask buffers (`attn.bias`), which are no
+weights. The head is tied to the embedding; a file that says otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from therapy_jax.gpt2 import ACTIVATIONS, GPT2Config, Params
+
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks that old checkpoints carry
+
+# ours (path in params) -> theirs; those under "blocks" exist once per block
+NAMES = {
+    ("wte",): "wte.weight",
+    ("wpe",): "wpe.weight",
+    ("ln_f", "scale"): "ln_f.weight",
+    ("ln_f", "bias"): "ln_f.bias",
+    ("blocks", "ln_1", "scale"): "ln_1.weight",
+    ("blocks", "ln_1", "bias"): "ln_1.bias",
+    ("blocks", "c_attn", "kernel"): "attn.c_attn.weight",
+    ("blocks", "c_attn", "bias"): "attn.c_attn.bias",
+    ("blocks", "attn_proj", "kernel"): "attn.c_proj.weight",
+    ("blocks", "attn_proj", "bias"): "attn.c_proj.bias",
+    ("blocks", "ln_2", "scale"): "ln_2.weight",
+    ("blocks", "ln_2", "bias"): "ln_2.bias",
+    ("blocks", "c_fc", "kernel"): "mlp.c_fc.weight",
+    ("blocks", "c_fc", "bias"): "mlp.c_fc.bias",
+    ("blocks", "mlp_proj", "kernel"): "mlp.c_proj.weight",
+    ("blocks", "mlp_proj", "bias"): "mlp.c_proj.bias",
+}
+
+
+class WeightsError(ValueError):
+    """A model that cannot be had or used; the message says which and why."""
+
+
+def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
+    """A local folder as it is; a hub id through the hub's cache or the network (safetensors, config and tokenizer only)."""
+    folder = Path(folder_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(folder_or_hub_id)
+    if folder.exists():
+        raise WeightsError(f"{name} is a file; give the folder that holds config.json and model.safetensors")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise WeightsError(f"{name}: no such folder")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except Exception as error:  # the hub's client raises many kinds, some of them requests' and httpx's own
+        raise WeightsError(
+            f"{name} is no local folder, and the hub could not give it ({type(error).__name__}); "
+            "check the name and the network, or give a folder that holds config.json and model.safetensors"
+        ) from error
+
+
+def read_config(folder: Path) -> GPT2Config:
+    """config.json -> GPT2Config. Raises WeightsError for another architecture, or an option that we do not compute."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder}: no config.json, so this is no Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: not valid JSON ({error})") from error
+    if raw.get("model_type") != "gpt2":
+        raise WeightsError(f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt2' can be loaded")
+    fixed = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }
+    for key, value in fixed.items():
+        if raw.get(key, value) != value:
+            raise WeightsError(f"{path}: {key} = {raw[key]} is not supported (only {value})")
+    activation = raw.get("activation_function", "gelu_new")
+    activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
+    if activation not in ACTIVATIONS:
+        raise WeightsError(f"{path}: activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    known = {f.name for f in dataclasses.fields(GPT2Config)} - {"dropout", "compute_dtype"}
+    values = {k: v for k, v in raw.items() if k in known and v is not None} | {"activation_function": activation}
+    config = GPT2Config(**values)
+    if config.n_embd % config.n_head:
+        raise WeightsError(f"{path}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of model.safetensors (or of the shards that its index names), as float32."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    elif index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        pickled = [p.name for p in folder.glob("*.bin")]
+        why = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        raise WeightsError(f"{folder}: no model.safetensors{why}")
+    tensors: dict[str, np.ndarray] = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="flax") as file:  # flax: numpy alone has no bfloat16
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    tensors[key.removeprefix("transformer.")] = np.asarray(file.get_tensor(key), np.float32)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{folder / name}: cannot be read ({error})") from error
+        except Exception as error:  # safetensors' own error type is not importable by a stable name
+            raise WeightsError(f"{folder / name}: not a sound safetensors file ({error})") from error
+    return {k: v for k, v in tensors.items() if not BUFFERS.match(k)}
+
+
+def shapes(config: GPT2Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Hugging Face's shape and ours, per name of NAMES (one block's)."""
+    d, f, h = config.n_embd, config.inner, config.n_head
+    theirs = {
+        "wte.weight": (config.vocab_size, d),
+        "wpe.weight": (config.n_positions, d),
+        "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d),
+        "mlp.c_fc.weight": (d, f),
+        "mlp.c_fc.bias": (f,),
+        "mlp.c_proj.weight": (f, d),
+    }
+    ours = {
+        "attn.c_attn.weight": (d, 3, h, d // h),
+        "attn.c_attn.bias": (3, h, d // h),
+        "attn.c_proj.weight": (h, d // h, d),
+    }
+    return {name: (theirs.get(name, (d,)), ours.get(name, theirs.get(name, (d,)))) for name in NAMES.values()}
+
+
+def load_pretrained(folder_or_hub_id: str | os.PathLike) -> tuple[GPT2Config, Params]:
+    """A GPT-2 in Hugging Face's layout -> (config, float32 params on the host). Raises WeightsError."""
+    folder = resolve(folder_or_hub_id)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not np.array_equal(head, tensors.get("wte.weight")):
+        raise WeightsError(f"{folder}: lm_head.weight differs from wte.weight; only tied heads are supported")
+
+    params: dict[str, Any] = {}
+    for path, name in NAMES.items():
+        stacked = path[0] == "blocks"
+        theirs, ours = shapes(config)[name]
+        rows = []
+        for key in [f"h.{i}.{name}" for i in range(config.n_layer)] if stacked else [name]:
+            if key not in tensors:
+                raise WeightsError(f"{folder}: {key} is missing")
+            if tensors[key].shape != theirs:
+                raise WeightsError(f"{folder}: {key} has shape {tensors[key].shape}, its config.json asks for {theirs}")
+            rows.append(tensors.pop(key).reshape(ours))
+        leaf = np.stack(rows) if stacked else rows[0]
+        parent = params
+        for part in path[:-1]:
+            parent = parent.setdefault(part, {})
+        parent[path[-1]] = leaf
+    if tensors:
+        raise WeightsError(f"{folder}: unexpected tensors {', '.join(sorted(tensors)[:5])}; this is not a plain GPT-2")
+    params["wte"] = np.pad(params["wte"], ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
+    return config, params
+
+
+def save_pretrained(folder: str | os.PathLike, config: GPT2Config, params: Params, tokenizer=None) -> None:
+    """Write a folder that torch's GPT2LMHeadModel.from_pretrained (and load_pretrained) reads: safetensors + config.json,
+    and the tokenizer's files where one is given. The weights come last and by rename: a folder with weights is whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    params = jax.device_get(params)
+    tensors: dict[str, np.ndarray] = {}
+    for path, name in NAMES.items():
+        leaf = params
+        for part in path:
+            leaf = leaf[part]
+        leaf = np.asarray(leaf, np.float32)
+        if path[0] == "blocks":
+            for i in range(config.n_layer):
+                tensors[f"transformer.h.{i}.{name}"] = np.ascontiguousarray(leaf[i].reshape(shapes(config)[name][0]))
+        else:
+            leaf = leaf[: config.vocab_size] if name == "wte.weight" else leaf
+            tensors[f"transformer.{name}"] = np.ascontiguousarray(leaf)
+    saved = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dropout", "compute_dtype")}
+    saved |= {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "bos_token_id": config.eos_token_id,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        **{name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
+    }
+    (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / "model.safetensors")
+
+
+def resize_vocabulary(config: GPT2Config, params: Params, vocab_size: int) -> tuple[GPT2Config, Params]:
+    """Room for new tokens at the end of the vocabulary: their rows start as the mean of the old embeddings, so that they
+    are likely and unlikely like an average word (Hewitt 2021, "Initializing New Word Embeddings")."""
+    if vocab_size < config.vocab_size:
+        raise WeightsError(f"the tokenizer has {vocab_size} tokens, fewer than the model's {config.vocab_size}")
+    new = dataclasses.replace(config, vocab_size=vocab_size)
+    old = np.asarray(params["wte"])[: config.vocab_size]
+    rows = np.tile(old.mean(0), (vocab_size - config.vocab_size, 1))
+    spare = np.zeros((new.padded_vocab_size - vocab_size, config.n_embd), np.float32)
+    return new, {**params, "wte": jnp.asarray(np.concatenate([old, rows, spare]))}
