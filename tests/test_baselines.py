@@ -147,9 +147,9 @@ def test_random_and_echo_on_mesc(mesc):
 
 @pytest.mark.slow
 def test_constant_on_mesc(mesc):
-    start = time.perf_counter()
+    start = time.process_time()
     best = baselines.constant(mesc["train"])
-    assert time.perf_counter() - start < 90
+    assert time.process_time() - start < 60, "it runs in every evaluation"
     scores = {name: row([turn] * 454, mesc["test"])[OVERLAP.index(name)] for name, turn in best.items()}
     assert scores["rouge1"] > 0.15 and scores["rougeL"] > 0.13 and scores["meteor"] > 0.16 and scores["bleu"] > 0.02
     assert {turn.emotion for turn in best.values()} == {"neutral"}

@@ -23,7 +23,6 @@ CONFIGS = {
         **{"vocab_size": 129, "n_positions": 20, "n_embd": 24, "n_layer": 1, "n_head": 2, "n_inner": 33},
         **{"activation_function": "relu", "layer_norm_epsilon": 0.05},
     },
-    "exact gelu": {"vocab_size": 200, "n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 1, "activation_function": "gelu"},
 }
 SMALL = CONFIGS["n_inner set, vocabulary not"]
 
@@ -44,8 +43,14 @@ def load(model, folder):
     return weights.load_pretrained(folder)
 
 
-def apply(config, params, tokens, mask):
-    return np.asarray(jax.jit(gpt2.GPT2(config).apply)({"params": params}, jnp.asarray(tokens), jnp.asarray(mask)))
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, params, tokens, mask, key=None):
+    return gpt2.GPT2(config).apply({"params": params}, tokens, mask, rngs=None if key is None else {"dropout": key})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(config, params, tokens, mask, cache=None):
+    return gpt2.GPT2(config).apply({"params": params}, tokens, mask, cache, method="hidden")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def test_logits_and_gradients_are_torchs(name, tmp_path):
         position_ids=torch.tensor(np.maximum(mask.cumsum(1) - 1, 0)),
         labels=torch.tensor(np.where(counted, tokens, -100)).long(),
     )
-    logits = apply(config, params, tokens, mask)
+    logits = np.asarray(apply(config, params, tokens, mask))
     theirs = out.logits.detach().numpy()
     assert logits.dtype == np.float32 and logits.shape == (3, length, sizes["vocab_size"])
     # Two float32 programs differ by rounding, some 1e-6 of the largest logit; a wrong epsilon or gelu by 1e-3 and more.
@@ -95,7 +100,7 @@ def test_logits_and_gradients_are_torchs(name, tmp_path):
             p.copy_(p.grad)
     _, expected = load(oracle, tmp_path / "gradients")
     # Relative to the global norm: the gradient of a key bias is zero but for rounding, so it has no scale of its own.
-    norm = optax.global_norm(expected)
+    norm = optax.tree.norm(expected)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(ours - theirs) < 1e-4 * norm
 
@@ -115,31 +120,28 @@ def test_causal_by_gradients(small):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("k", [1, 7])
-def test_padding_changes_nothing(small, side, k):
+def test_padding_changes_nothing(small, side):
     config, params = small
-    tokens = tokens_of(2, 10)
-    plain = apply(config, params, tokens, np.ones((2, 10), bool))
-    garbage, none = tokens_of(2, k, seed=5), np.zeros((2, k), bool)
-    order = slice(None, None, -1) if side == "right" else slice(None)
-    both = np.concatenate([garbage, tokens][order], 1)
-    mask = np.concatenate([none, ~none[:, :1].repeat(10, 1)][order], 1)
-    got = apply(config, params, both, mask)[mask].reshape(plain.shape)
+    tokens, garbage = tokens_of(2, 12), tokens_of(2, 7, seed=5)
+    plain = apply(config, params, tokens, np.ones((2, 12), bool))
+    both = np.concatenate([garbage, tokens] if side == "left" else [tokens, garbage], 1)
+    real = slice(7, None) if side == "left" else slice(None, 12)
+    mask = np.zeros((2, 19), bool)
+    mask[:, real] = True
+    got = apply(config, params, both, mask)[:, real]
     np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize("pieces", [[6] + [1] * 6, [5, 3, 1, 3], [1, 11]])
+@pytest.mark.parametrize("pieces", [[6] + [1] * 6, [1, 5, 6]])
 def test_cached_is_uncached(small, pieces):
     config, params = small
     tokens, mask = tokens_of(2, 12), padded(12, 0, 4)
-    model = gpt2.GPT2(config)
-    whole, none = model.apply({"params": params}, tokens, mask, method="hidden")
+    whole, none = hidden(config, params, tokens, mask)
     assert none is None
-    forward = jax.jit(functools.partial(model.apply, method="hidden"))
     cache, parts = gpt2.init_cache(config, 2, 15), []  # three slots stay free
     for start, n in zip(np.cumsum([0, *pieces[:-1]]), pieces, strict=True):
-        hidden, cache = forward({"params": params}, tokens[:, start : start + n], mask[:, start : start + n], cache)
-        parts.append(hidden)
+        part, cache = hidden(config, params, tokens[:, start : start + n], mask[:, start : start + n], cache)
+        parts.append(part)
     assert int(cache.index) == 12 and not cache.mask[:, 12:].any()
     np.testing.assert_allclose(np.concatenate(parts, 1)[mask], whole[mask], rtol=1e-5, atol=1e-5 * np.abs(whole).max())
 
@@ -149,14 +151,14 @@ def test_spare_vocabulary_never_gets_probability(small):
     assert config.padded_vocab_size == 384 and params["wte"].shape == (384, 48)
     loud = params["wte"].copy()
     loud[300:] = 100.0  # whatever training or sharding may leave there
-    hidden = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
-    logits = gpt2.head(config, jnp.asarray(loud), hidden)
+    states = jax.random.normal(jax.random.key(0), (5, 48))
+    logits = gpt2.head(config, jnp.asarray(loud), states)
     probabilities = jax.nn.softmax(logits)
     assert logits.shape == (5, 384) and (probabilities[:, 300:] == 0).all()
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(logits[:, :300], gpt2.head(config, jnp.asarray(params["wte"]), hidden)[:, :300])
+    np.testing.assert_array_equal(logits[:, :300], gpt2.head(config, jnp.asarray(params["wte"]), states)[:, :300])
     chosen = gpt2.token_logprobs(logits, jnp.arange(5))
-    np.testing.assert_allclose(chosen, np.log(probabilities)[np.arange(5), np.arange(5)], rtol=1e-5)
+    np.testing.assert_allclose(chosen, np.log(probabilities[np.arange(5), np.arange(5)]), rtol=1e-5)
     p = np.asarray(probabilities[:, :300], np.float64)
     np.testing.assert_allclose(gpt2.entropy(logits), -(p * np.log(p)).sum(-1), rtol=1e-5)
     sizes = {gpt2.GPT2Config(vocab_size=n).padded_vocab_size for n in (1, 128)} | {gpt2.GPT2Config().padded_vocab_size}
@@ -166,8 +168,8 @@ def test_spare_vocabulary_never_gets_probability(small):
 def test_bfloat16_stays_near_float32(small):
     config, params = small
     tokens, mask = tokens_of(2, 12), padded(12, 0, 4)
-    exact = apply(config, params, tokens, mask)[mask]
-    rough = apply(dataclasses.replace(config, compute_dtype="bfloat16"), params, tokens, mask)[mask]
+    exact = np.asarray(apply(config, params, tokens, mask))[mask]
+    rough = np.asarray(apply(dataclasses.replace(config, compute_dtype="bfloat16"), params, tokens, mask))[mask]
     # bfloat16 keeps 8 bits, 0.4 % a rounding; about ten roundings on the way to a logit add up to 2 % of the spread at most.
     error = np.sqrt(np.square(rough - exact).mean()) / exact.std()
     assert rough.dtype == np.float32 and 1e-4 < error < 0.02
@@ -178,11 +180,10 @@ def test_bfloat16_stays_near_float32(small):
 def test_dropout_only_with_a_key(small):
     config, params = small
     tokens, mask = tokens_of(2, 12), np.ones((2, 12), bool)
-    model = gpt2.GPT2(dataclasses.replace(config, dropout=0.3))
-    hidden = functools.partial(model.apply, {"params": params}, tokens, mask, method="hidden")
-    keyed = [np.asarray(hidden(rngs={"dropout": jax.random.key(i)})[0]) for i in (0, 0, 1)]
-    plain = np.asarray(hidden()[0])
-    np.testing.assert_array_equal(plain, gpt2.GPT2(config).apply({"params": params}, tokens, mask, method="hidden")[0])
+    on = dataclasses.replace(config, dropout=0.3)
+    keyed = [np.asarray(apply(on, params, tokens, mask, jax.random.key(i))) for i in (0, 0, 1)]
+    plain = np.asarray(apply(on, params, tokens, mask))
+    np.testing.assert_array_equal(plain, apply(config, params, tokens, mask))
     np.testing.assert_array_equal(keyed[0], keyed[1])
     assert min(np.abs(keyed[0] - plain).max(), np.abs(keyed[0] - keyed[2]).max()) > 0.1
 
@@ -203,8 +204,8 @@ def test_new_model(small):
     per_block = 4 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * f + (f + 1) * d
     assert gpt2.count(params) == 384 * d + 24 * d + 4 * per_block + 2 * d
     logits = apply(config, params, tokens_of(4, 24), np.ones((4, 24), bool))
-    assert float(gpt2.entropy(jnp.asarray(logits)).mean()) == pytest.approx(math.log(300), rel=0.01)
+    assert float(gpt2.entropy(logits).mean()) == pytest.approx(math.log(300), rel=0.01)
 
     head = gpt2.ValueHead()
-    values = head.apply(head.init(jax.random.key(0), jnp.ones((1, 48))), jnp.ones((2, 3, 48)))
-    assert values.shape == (2, 3) and (values == 0).all()
+    values = np.asarray(head.apply(head.init(jax.random.key(0), jnp.ones((1, 48))), jnp.ones((2, 3, 48))))
+    np.testing.assert_array_equal(values, np.zeros((2, 3)))

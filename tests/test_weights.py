@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from therapy_jax import gpt2, weights
 
-SIZES = {"vocab_size": 150, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40}
+SIZES: dict[str, Any] = {"vocab_size": 150, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40}
 TOKENS = np.random.default_rng(0).integers(0, 150, (2, 16)).astype(np.int32)
 
 
@@ -62,7 +63,7 @@ def bare_names(tensors):
 def add_buffers(tensors):
     for i in range(2):
         tensors[f"transformer.h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), np.float32))
-        tensors[f"transformer.h.{i}.attn.masked_bias"] = np.float32(-1e4)
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
 
 
 def add_head(tensors):
@@ -93,7 +94,7 @@ def test_shards(written, tmp_path):
     assert not (tmp_path / "model.safetensors").exists() and len(list(tmp_path.glob("*.safetensors"))) > 2
     same(weights.load_pretrained(tmp_path), weights.load_pretrained(written[0]))
     next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(weights.WeightsError, match="model-00002.*cannot be read"):
+    with pytest.raises(weights.WeightsError, match=r"model-00002.*cannot be read"):
         weights.load_pretrained(tmp_path)
 
 
@@ -140,7 +141,10 @@ FAULTS = {
     ),
     "an unexpected key": (lambda t: t.update({"score.weight": np.zeros(2, np.float32)}), r"unexpected tensors score\.weight"),
     "a layer too many": (lambda t: t.update({"transformer.h.2.ln_1.bias": np.zeros(24, np.float32)}), r"unexpected tensors h\.2\.ln_1"),
-    "an untied head": (lambda t: t.update({"lm_head.weight": np.zeros((150, 24), np.float32)}), r"lm_head\.weight differs from wte\.weight"),
+    "an untied head": (
+        lambda t: t.update({"lm_head.weight": np.zeros((150, 24), np.float32)}),
+        r"lm_head\.weight differs from wte\.weight",
+    ),
 }
 SETTINGS = {
     "another architecture": ({"model_type": "llama"}, r"model_type is 'llama'; only 'gpt2'"),
@@ -193,7 +197,7 @@ def test_faults_of_the_folder(folder):
 
 def test_unreachable_hub_id(tmp_path):
     """In a process of its own: the hub's client reads these variables once, when it is imported."""
-    code = "from therapy_jax import weights\ntry: weights.load_pretrained('nobody/no-such-model')\nexcept weights.WeightsError as e: print(e)"
+    code = "from therapy_jax import weights as w\ntry: w.load_pretrained('nobody/no-such-model')\nexcept w.WeightsError as e: print(e)"
     variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PYTHONPATH": ":".join(sys.path)}
     start = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)

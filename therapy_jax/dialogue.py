@@ -361,7 +361,7 @@ def _assign_splits(
     split_by_id: dict[str, str] = {}
     for split, ids in given.items():
         for i in ids if isinstance(ids, list) else [ids]:
-            if type(i) not in (int, str) or str(i) not in known or str(i) in split_by_id:
+            if str(i) not in known or str(i) in split_by_id:
                 what = "stands here twice" if str(i) in split_by_id else f"is no conversation of {path}"
                 raise _error(str(source), split, f"{str(i)[:40]!r} {what}", "list ids that are in the data, each once")
             split_by_id[str(i)] = split
@@ -373,7 +373,7 @@ def _assign_splits(
 # Sounds and gestures in brackets: "(Sighs)", "( Speaks Dutch )", and "Laughs)" at the start of a line. Any other
 # bracket is something that was said, "a)" too, unless it is all there is on the line.
 _GESTURE = (
-    "(?:sigh|laugh|chuckl|giggl|scoff|sniff|sniffl|sob|cry|cri|weep|gasp|groan|exhal|inhal|cough|yawn|clear|mumbl|"
+    "(?:sigh|laugh|chuckl|giggl|scoff|sniffl?|sob|cry|cri|weep|gasp|groan|exhal|inhal|cough|yawn|clear|mumbl|"
     "mutter|whisper|shout|yell|scream|speak|sing|hum|whistl|paus|nod|shrug|smil|ring|buzz|open|clos|knock)(?:e?s|ing)"
 )
 _STAGE = rf"(?:(?:\w+ )?{_GESTURE}(?: \w+){{0,2}}|both \w+|pause|silence|inaudible|indistinct|crosstalk|music)"
@@ -387,7 +387,7 @@ _RULES = (
     ("full-width punctuation replaced", r"，\s*", ", "),
     ("full-width punctuation replaced", r"。\s*", ". "),
     ("vertical bar replaced", r" ?(?<![:;=|])\|+ ?", ", "),  # but ":|" is a face
-    ("lone i capitalised", r"(?<![\w'’.])i(?![\w)]|\.\w)", "I"),  # but "i)" counts and "i.e." explains
+    ("lone i capitalised", r"(?<!\w)(?<!\w\.)i(?![\w)]|\.\w)", "I"),  # but "i)" counts and "i.e." explains
 )
 
 

@@ -83,7 +83,8 @@ def install_wordnet(target_dir: str | Path, source: str | Path | None = None) ->
         return final
     if missing := [name for name in _NEEDED if not (source / name).is_file()]:
         raise FileNotFoundError(f"no WordNet in {source}: it lacks {', '.join(missing)} (Debian: wordnet-base)")
-    final.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    final.parent.mkdir(mode=0o755, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=root))  # renamed at the end: another process never sees half a dictionary
     try:
         for name in _NEEDED + [name for name in _OPTIONAL if (source / name).is_file()]:
@@ -93,8 +94,7 @@ def install_wordnet(target_dir: str | Path, source: str | Path | None = None) ->
         (staging / "lexnames").write_text("".join(lines))
         for file in staging.iterdir():
             file.chmod(0o644)
-        for folder in (root, final.parent, staging):
-            folder.chmod(0o755)
+        staging.chmod(0o755)
         staging.rename(final)
     except OSError:
         if not final.is_dir():  # else another process was quicker, and its copy serves
@@ -140,7 +140,10 @@ def _open_wordnet(folder: str) -> WordNetCorpusReader | None:
 
 @lru_cache(maxsize=1 << 16)
 def _synsets(reader: WordNetCorpusReader | None, word: str) -> list[Any]:
-    return [] if reader is None else reader.synsets(word)
+    """A word's synsets as one that has each name once: nltk asks for names alone, and so for a fifth as many."""
+    synsets: list[Any] = [] if reader is None else reader.synsets(word)
+    lemmas = list({lemma.name(): lemma for synset in synsets for lemma in synset.lemmas()}.values())
+    return [SimpleNamespace(lemmas=lambda: lemmas)]
 
 
 def meteor_name() -> str:

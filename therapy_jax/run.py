@@ -16,12 +16,13 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError, DataConfig
-from therapy_jax.dialogue import DataError, Dialogue, Report, read_dialogues
+from therapy_jax.dialogue import DataError, Dialogue, Exchange, Report, read_dialogues
 
 console = Console(highlight=False, soft_wrap=True)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
@@ -163,6 +164,22 @@ def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started
     line = {"stage": stage, "step": step, "seconds": round(time.monotonic() - started, 2), **{k: plain(v) for k, v in metrics.items()}}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def log_samples(folder: Path, step: int, texts: Sequence[str], emotions: Sequence[str | None], exchanges: Sequence[Exchange]) -> None:
+    """Append the replies of one evaluation to samples.jsonl."""
+    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for text, emotion, exchange in zip(texts, emotions, exchanges, strict=True):
+            record = {"stage": "ppo", "step": step, "client": exchange.client.text, "reply": text, "emotion": emotion}
+            file.write(json.dumps({**record, "therapist": exchange.therapist.text}, ensure_ascii=False) + "\n")
+
+
+def check_finite(metrics: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming the first metric that is NaN or infinite: going on would only spoil the checkpoints."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            what = f"reward term {name.removeprefix('reward/')}" if name.startswith("reward/") else name
+            raise ConfigError(f"{what} is {value}; lower the learning rate, or start again from the last checkpoint in another run_dir")
 
 
 def plain(value: Any) -> Any:
