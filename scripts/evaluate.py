@@ -23,7 +23,10 @@ def main(config: Config) -> None:
     mesh = sharding.make_mesh(config.mesh)
     cfg = config.evaluate
     sharding.check_divides(cfg.batch_size, mesh, "evaluate.batch_size")
-    data = {split: [e for d in part for e in exchanges(d)] for split, part in run.read_data(config.data, config.seed).items()}
+    data = {
+        split: [e for d in part for e in exchanges(d)]
+        for split, part in run.read_data(config.data, config.seed).items()
+    }
     chosen = data[cfg.split][: cfg.limit]
     if not chosen:
         raise ConfigError(f"the {cfg.split} split is empty; choose another with --evaluate.split")
@@ -58,7 +61,11 @@ def main(config: Config) -> None:
                 systems[name], chosen_constants = evaluate.constants(data["train"], chosen, score_turns, config.seed)
                 continue
             train = data["train"]
-            turns = baselines.retrieval(train, chosen) if name == "retrieval" else baselines.random_reply(train, len(chosen), config.seed)
+            turns = (
+                baselines.retrieval(train, chosen)
+                if name == "retrieval"
+                else baselines.random_reply(train, len(chosen), config.seed)
+            )
             samples[name] = score_turns(turns)
             systems[name] = evaluate.row(samples[name], chosen)
 
@@ -84,7 +91,9 @@ def main(config: Config) -> None:
     console.print(f"written: {folder / 'results.json'}")
 
 
-def of_model(name: str, config: Config, folder: Path, chosen: list[dialogue.Exchange], decoding: SamplingConfig, mesh) -> evaluate.System:
+def of_model(
+    name: str, config: Config, folder: Path, chosen: list[dialogue.Exchange], decoding: SamplingConfig, mesh
+) -> evaluate.System:
     """One trained system's answers, scores and the perplexity of the therapist's replies under it."""
     gpt2_config, params, tokenizer = run.load_model(folder, name, config)
     model, params = gpt2.GPT2(gpt2_config), sharding.replicate(mesh, params)
@@ -100,10 +109,14 @@ def of_model(name: str, config: Config, folder: Path, chosen: list[dialogue.Exch
     if name != "base":
         return system
     # base never learnt to write an emotion: it is asked which of the seven words it finds likeliest.
-    read = functools.partial(evaluate.read_emotions, params, tokenizer=tokenizer, model=model, batch_size=size, mesh=mesh)
+    read = functools.partial(
+        evaluate.read_emotions, params, tokenizer=tokenizer, model=model, batch_size=size, mesh=mesh
+    )
     if config.prompt.emotion == "inferred":  # its own guess of the client's emotion comes first, as in a reply
         marker = tokenizer.convert_tokens_to_ids("<|reply|>")
-        rows = [[*row, *prompts.encode_text(tokenizer, word), marker] for row, word in zip(rows, read(rows), strict=True)]
+        rows = [
+            [*row, *prompts.encode_text(tokenizer, word), marker] for row, word in zip(rows, read(rows), strict=True)
+        ]
     return system._replace(emotions=list(read(rows)))
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from therapy_jax import batching, checkpoint, evaluate, gpt2, metrics, ppo, prompts, run, sharding, weights
 from therapy_jax.config import Config, ConfigError
-from therapy_jax.dialogue import exchanges
+from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.rewards import batch as reward_batch
 from therapy_jax.rewards.combine import score
 from therapy_jax.rewards.words import make_vocabulary
@@ -29,21 +29,30 @@ def main(config: Config) -> None:
     began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divides(config.ppo.batch_size // config.ppo.minibatches, mesh, "ppo.batch_size / ppo.minibatches")
-    data = {split: [e for d in part for e in exchanges(d)] for split, part in run.read_data(config.data, config.seed).items()}
+    data = {
+        split: [e for d in part for e in exchanges(d)]
+        for split, part in run.read_data(config.data, config.seed).items()
+    }
 
     gpt2_config, params, tokenizer = run.load_model(folder, "sft", config)
     room = gpt2_config.n_positions - config.sampling.max_new_tokens
     if config.prompt.max_tokens > room:
-        raise ConfigError(f"prompt.max_tokens ({config.prompt.max_tokens}) + sampling.max_new_tokens exceed the model's {gpt2_config.n_positions} positions")
+        total = config.prompt.max_tokens + config.sampling.max_new_tokens
+        raise ConfigError(
+            f"prompt.max_tokens + sampling.max_new_tokens ({total}) exceed the model's {gpt2_config.n_positions} positions"
+        )
     model, tx = gpt2.GPT2(gpt2_config), ppo.optimizer(config.ppo)
     vocabulary = sharding.replicate(mesh, make_vocabulary(tokenizer, gpt2_config.padded_vocab_size))
 
-    encoded = {split: [prompts.encode_prompt(tokenizer, e.context, e.client, config.prompt)[0] for e in part] for split, part in data.items()}
+    def encode(exchange: Exchange) -> list[int]:
+        return prompts.encode_prompt(tokenizer, exchange.context, exchange.client, config.prompt)[0]
+
+    encoded = {split: [encode(e) for e in part] for split, part in data.items()}
     usable = [i for i, row in enumerate(encoded["train"]) if len(row) <= config.prompt.max_tokens]
     too_long = len(encoded["train"]) - len(usable)
     if not usable:
         raise ConfigError(f"no training prompt fits in prompt.max_tokens ({config.prompt.max_tokens}); raise it")
-    console.print(f"ppo: {len(usable):,} prompts; {too_long:,} left out, whose utterance alone exceeds prompt.max_tokens ({config.prompt.max_tokens})")
+    console.print(f"ppo: {len(usable):,} prompts; {too_long:,} left out: the utterance alone exceeds prompt.max_tokens")
     length = batching.round_up(max(len(encoded["train"][i]) for i in usable), evaluate.PAD_TO)
     train_prompts = batching.prompts([encoded["train"][i] for i in usable], min(length, room))
     train_references = evaluate.references([data["train"][i] for i in usable], tokenizer)
@@ -59,16 +68,25 @@ def main(config: Config) -> None:
 
     def evaluate_policy(policy, iteration: int) -> dict[str, float]:
         """Greedy replies to the fixed prompts: reward, and metrics that are not in it."""
-        replies = evaluate.answer(policy, eval_rows, jax.random.key(0), model=model, cfg=greedy, batch_size=config.ppo.batch_size, mesh=mesh)
+        size = config.ppo.batch_size
+        replies = evaluate.answer(
+            policy, eval_rows, jax.random.key(0), model=model, cfg=greedy, batch_size=size, mesh=mesh
+        )
         system = evaluate.of_replies(replies, eval_references, tokenizer, vocabulary, config.rewards.weights)
         run.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], eval_exchanges[:SAMPLES])
         words = metrics.text_metrics(system.texts, [e.therapist.text for e in eval_exchanges])
-        found = {"reward": system.reward, "stop_rate": system.stop_rate, **words, **{f"reward/{k}": v for k, v in system.terms.items()}}
+        found = {
+            "reward": system.reward,
+            "stop_rate": system.stop_rate,
+            **words,
+            **{f"reward/{k}": v for k, v in system.terms.items()},
+        }
         return {f"validation/{name}": value for name, value in found.items()}
 
     state = sharding.replicate(mesh, ppo.init_state(params, gpt2_config, tx, config.ppo))
     sections = ("seed", "data", "prompt", "rewards", "sampling", "ppo")
-    belongs_to = {"stage": "ppo", "model": dataclasses.asdict(gpt2_config), **{k: v for k, v in dataclasses.asdict(config).items() if k in sections}}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
+    belongs_to = {"stage": "ppo", "model": dataclasses.asdict(gpt2_config), **settings}
     manager = checkpoint.manager(folder / "ppo" / "checkpoints", best="validation/reward", mode="max")
     restored = checkpoint.restore(manager, state, belongs_to)
     state, done = restored or (state, 0)
@@ -82,7 +100,9 @@ def main(config: Config) -> None:
         checkpoint.save(manager, 0, state, belongs_to, found)
 
     program = jax.jit(
-        functools.partial(ppo.ppo_iteration, model=model, tx=tx, score_fn=score_fn, sampling=config.sampling, cfg=config.ppo),
+        functools.partial(
+            ppo.ppo_iteration, model=model, tx=tx, score_fn=score_fn, sampling=config.sampling, cfg=config.ppo
+        ),
         donate_argnums=0,
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
@@ -98,7 +118,9 @@ def main(config: Config) -> None:
                 logged |= found
                 checkpoint.save(manager, finished, state, belongs_to, found)
             run.log(folder, "ppo", finished, logged, began)
-            advance(finished, score=float(logged["score"]), kl=float(logged["kl"]), tokens=float(logged["reply_tokens"]))
+            advance(
+                finished, score=float(logged["score"]), kl=float(logged["kl"]), tokens=float(logged["reply_tokens"])
+            )
 
     best = manager.best_step()
     assert best is not None
@@ -108,7 +130,7 @@ def main(config: Config) -> None:
     weights.save_pretrained(target, gpt2_config, state.params["policy"], tokenizer)
     value = {k: np.asarray(v) for k, v in checkpoint.flatten(jax.device_get(state.params["value"])).items()}
     save_file(value, target / "value_head.safetensors")
-    reward = manager.metrics(best)["validation/reward"]
+    reward = checkpoint.metric_of(manager, best, "validation/reward")
     console.print(f"ppo: best validation reward {reward:.4f} at iteration {best} (SFT: iteration 0); model in {target}")
     manager.close()
     if done < config.ppo.iterations:

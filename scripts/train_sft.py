@@ -34,7 +34,9 @@ def main(config: Config) -> None:
     gpt2_config, params, tokenizer = make_base(config, folder, dialogues, mesh)
     weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
 
-    gpt2_config = dataclasses.replace(gpt2_config, dropout=config.model.dropout, compute_dtype=run.compute_dtype(config))
+    gpt2_config = dataclasses.replace(
+        gpt2_config, dropout=config.model.dropout, compute_dtype=run.compute_dtype(config)
+    )
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
     examples = {split: [encode(e) for d in part for e in exchanges(d)] for split, part in dialogues.items()}
     dropped = sum(e.dropped_turns for part in examples.values() for e in part)
@@ -54,17 +56,25 @@ def main(config: Config) -> None:
 
     held_out = examples["validation"]
     order = np.argsort([len(e.prompt) + len(e.reply) for e in held_out], kind="stable")
-    chunks = [[held_out[i] for i in order[k : k + config.sft.batch_size]] for k in range(0, len(order), config.sft.batch_size)]
-    longest = [batching.round_up(max(len(e.prompt) + len(e.reply) for e in chunk), config.sft.pad_to) for chunk in chunks]
+    chunks = [
+        [held_out[i] for i in order[k : k + config.sft.batch_size]] for k in range(0, len(order), config.sft.batch_size)
+    ]
+    longest = [
+        batching.round_up(max(len(e.prompt) + len(e.reply) for e in chunk), config.sft.pad_to) for chunk in chunks
+    ]
     validation = [batching.supervised(c, config.sft.batch_size, n) for c, n in zip(chunks, longest, strict=True)]
 
     sections = ("seed", "data", "model", "tokenizer", "prompt", "pretrain", "sft")
-    params = fit("sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections)
+    params = fit(
+        "sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections
+    )
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {folder / 'sft' / 'model'}")
 
 
-def make_base(config: Config, folder: Path, dialogues: dict[str, list[Dialogue]], mesh: Mesh) -> tuple[gpt2.GPT2Config, Any, Any]:
+def make_base(
+    config: Config, folder: Path, dialogues: dict[str, list[Dialogue]], mesh: Mesh
+) -> tuple[gpt2.GPT2Config, Any, Any]:
     """The model before SFT, with rows for the prompt's special tokens -> (GPT2Config, params, tokenizer)."""
     corpora = [run.read_data(data, config.seed) for data in config.pretrain.data] if config.pretrain else []
     saved = folder / "base" / "model"
@@ -82,7 +92,9 @@ def make_base(config: Config, folder: Path, dialogues: dict[str, list[Dialogue]]
     if config.model.name is not None:
         gpt2_config, params = weights.load_pretrained(config.model.name)
         if gpt2_config.eos_token_id != tokenizer.eos_token_id:
-            raise weights.WeightsError(f"the model ends with token {gpt2_config.eos_token_id}, the tokenizer with {tokenizer.eos_token_id}")
+            raise weights.WeightsError(
+                f"the model ends with token {gpt2_config.eos_token_id}, the tokenizer with {tokenizer.eos_token_id}"
+            )
     else:
         sizes = config.model
         gpt2_config = gpt2.GPT2Config(
@@ -103,18 +115,26 @@ def make_base(config: Config, folder: Path, dialogues: dict[str, list[Dialogue]]
     return *weights.resize_vocabulary(gpt2_config, params, max(len(tokenizer), gpt2_config.vocab_size)), tokenizer
 
 
-def pretrain(config: Config, folder: Path, corpora: list, tokenizer: Any, gpt2_config: gpt2.GPT2Config, params: Any, mesh: Mesh) -> Any:
+def pretrain(
+    config: Config, folder: Path, corpora: list, tokenizer: Any, gpt2_config: gpt2.GPT2Config, params: Any, mesh: Mesh
+) -> Any:
     """Language modelling on plain dialogue: blocks of one long stream of conversations, every token a target."""
     training = config.pretrain
     assert training is not None
-    sharding.check_divides(training.batch_size // training.accumulate, mesh, "pretrain.batch_size / pretrain.accumulate")
+    sharding.check_divides(
+        training.batch_size // training.accumulate, mesh, "pretrain.batch_size / pretrain.accumulate"
+    )
 
     def blocks(split: str) -> np.ndarray:
-        texts = (prompts.encode_text(tokenizer, prompts.plain_text(d.turns)) for corpus in corpora for d in corpus[split])
+        texts = (
+            prompts.encode_text(tokenizer, prompts.plain_text(d.turns)) for corpus in corpora for d in corpus[split]
+        )
         return batching.text_blocks(texts, tokenizer.eos_token_id, training.block_tokens)
 
     train, held_out = blocks("train"), blocks("validation")
-    console.print(f"pretrain: {train.size:,} tokens in {len(train):,} blocks of {training.block_tokens}, {held_out.size:,} tokens held out")
+    console.print(
+        f"pretrain: {train.size:,} tokens in {len(train):,} blocks of {training.block_tokens}, {held_out.size:,} tokens held out"
+    )
     per_epoch = len(train) // training.batch_size
 
     def batch_of(step: int) -> Batch:
@@ -122,7 +142,10 @@ def pretrain(config: Config, folder: Path, corpora: list, tokenizer: Any, gpt2_c
         start = step % per_epoch * training.batch_size
         return batching.unsupervised(train[order[start : start + training.batch_size]])
 
-    parts = [held_out[k : k + training.batch_size] for k in range(0, len(held_out) - training.batch_size + 1, training.batch_size)]
+    parts = [
+        held_out[k : k + training.batch_size]
+        for k in range(0, len(held_out) - training.batch_size + 1, training.batch_size)
+    ]
     validation = [batching.unsupervised(part) for part in parts]
     sections = ("seed", "data", "model", "tokenizer", "pretrain")
     return fit("base", folder, training, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections)
@@ -159,7 +182,9 @@ def fit(
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     def validate(params: Any) -> float:
-        sums = [loss_program(params, sharding.split_batch(mesh, batch)) for batch in validation[:BATCHES_PER_VALIDATION]]
+        sums = [
+            loss_program(params, sharding.split_batch(mesh, batch)) for batch in validation[:BATCHES_PER_VALIDATION]
+        ]
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
     with run.progress(stage, steps, done) as advance:
@@ -170,7 +195,9 @@ def fit(
                 metrics = {"epoch": finished / per_epoch, **jax.device_get(metrics)}
                 if finished % training.eval_every == 0 or finished == steps:
                     metrics["validation_loss"] = validate(state.params)
-                    checkpoint.save(manager, finished, state, belongs_to, {"validation_loss": metrics["validation_loss"]})
+                    checkpoint.save(
+                        manager, finished, state, belongs_to, {"validation_loss": metrics["validation_loss"]}
+                    )
                 run.log(folder, stage, finished, metrics, began)
                 advance(finished, **{k: float(v) for k, v in metrics.items() if "loss" in k})
 
@@ -178,7 +205,8 @@ def fit(
     assert best is not None
     if best != manager.latest_step():
         state, _ = checkpoint.restore(manager, state, belongs_to, step=best) or (state, 0)
-    console.print(f"{stage}: validation loss {manager.metrics(best)['validation_loss']:.4f} at step {best}, the best; {time.monotonic() - began:.0f} s")
+    lowest = checkpoint.metric_of(manager, best, "validation_loss")
+    console.print(f"{stage}: validation loss {lowest:.4f} at step {best}, the best; {time.monotonic() - began:.0f} s")
     manager.close()
     if done < steps:
         run.note_environment(folder, stage, time.monotonic() - began)

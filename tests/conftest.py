@@ -14,8 +14,12 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork processes after tokenizing
-os.environ.setdefault("THERAPY_JAX_CACHE", str(ROOT / ".pytest_cache" / "therapy_jax"))  # WordNet's copy stays in the checkout
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))  # halves the time of the next run
+os.environ.setdefault(
+    "THERAPY_JAX_CACHE", str(ROOT / ".pytest_cache" / "therapy_jax")
+)  # WordNet's copy stays in the checkout
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax")
+)  # halves the time of the next run
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

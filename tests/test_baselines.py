@@ -41,11 +41,17 @@ def test_constant_looks_beyond_the_commonest_replies():
 
 
 def test_constant_differs_by_metric():
-    """70 of 100 turns say the first three words, 30 the others: METEOR, which weighs recall, prefers both."""
-    train = [exchange("q", "one two three")] * 70 + [exchange("q", "four five six")] * 30
-    best = baselines.constant(train + [exchange("q", "one two three four five six")] * 4)
-    assert best["rouge1"].text == "one two three"
-    assert best[metrics.meteor_name()].text == "one two three four five six"
+    """80 of 100 turns say the first three words, 20 the others: METEOR, which weighs recall, prefers both.
+
+    With three candidates there is one of each kind: the commonest, the best by word F1, the best by recall.
+    """
+    train = [exchange("q", "one two three")] * 80 + [exchange("q", "four five six")] * 20
+    rare = ("one two three four five six", "one two three indeed", "one two")
+    train = train * 8 + [exchange("q", text) for text in rare] * 8
+    for candidates in (3, 120):
+        best = baselines.constant(train, candidates=candidates)
+        assert best["rouge1"].text == "one two three"
+        assert best[metrics.meteor_name()].text == "one two three four five six"
 
 
 def test_constant_is_not_judged_by_the_turn_it_was_taken_from():
@@ -109,8 +115,11 @@ def test_echo():
 
 
 def test_no_train_raises():
-    for call in (lambda: baselines.retrieval([], nonsense(1)), lambda: baselines.random_reply([], 1, 0),
-                 lambda: baselines.majority_emotion([])):
+    for call in (
+        lambda: baselines.retrieval([], nonsense(1)),
+        lambda: baselines.random_reply([], 1, 0),
+        lambda: baselines.majority_emotion([]),
+    ):
         with pytest.raises(ValueError, match="empty"):
             call()
 

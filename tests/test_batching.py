@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from therapy_jax import batching
 from therapy_jax.prompts import Example
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.integers(1, 200), min_size=1, max_size=150),
     st.integers(1, 9),
@@ -32,7 +32,8 @@ def test_an_epoch_holds_each_index_once(lengths, batch_size, pad_to, seed, epoch
 def test_order_depends_on_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(1, 100, 300).tolist()
     first = {
-        tuple(np.concatenate([i for i, _ in batching.epoch_batches(lengths, 8, 8, *place)])) for place in [(0, 0), (0, 1), (1, 0), (1, 1)]
+        tuple(np.concatenate([i for i, _ in batching.epoch_batches(lengths, 8, 8, *place)]))
+        for place in [(0, 0), (0, 1), (1, 0), (1, 1)]
     }
     assert len(first) == 4
 
@@ -63,7 +64,9 @@ def test_rollouts_cover_every_prompt_once_a_pass():
 
 def test_text_blocks():
     blocks = batching.text_blocks([[5, 6], [], [7, 8, 9], [1]], eos=0, length=3)
-    assert blocks.tolist() == [[5, 6, 0], [0, 7, 8], [9, 0, 1]] and blocks.dtype == np.int32  # the last EOS fills no block
+    assert (
+        blocks.tolist() == [[5, 6, 0], [0, 7, 8], [9, 0, 1]] and blocks.dtype == np.int32
+    )  # the last EOS fills no block
     assert batching.text_blocks([[1]], 0, 3).shape == (0, 3)
 
 

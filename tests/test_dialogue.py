@@ -104,8 +104,7 @@ def test_exchange_context_is_every_turn_before_it():
     speakers = ["client" if letter == "c" else "therapist" for letter in "tctccttc"]
     turns = tuple(d.Turn(speaker, str(i)) for i, speaker in enumerate(speakers))
     found = [
-        (tuple(t.text for t in e.context), e.client.text, e.therapist.text)
-        for e in d.exchanges(d.Dialogue("a", turns))
+        (tuple(t.text for t in e.context), e.client.text, e.therapist.text) for e in d.exchanges(d.Dialogue("a", turns))
     ]
     assert found == [(("0",), "1", "2"), (("0", "1", "2", "3"), "4", "5")]
 

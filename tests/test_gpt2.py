@@ -18,7 +18,14 @@ transformers = pytest.importorskip("transformers")
 
 CONFIGS = {
     "vocabulary a multiple of 128": {"vocab_size": 384, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4},
-    "n_inner set, vocabulary not": {"vocab_size": 300, "n_positions": 24, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 80},
+    "n_inner set, vocabulary not": {
+        "vocab_size": 300,
+        "n_positions": 24,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_inner": 80,
+    },
     "one layer, relu, large epsilon": {
         **{"vocab_size": 129, "n_positions": 20, "n_embd": 24, "n_layer": 1, "n_head": 2, "n_inner": 33},
         **{"activation_function": "relu", "layer_norm_epsilon": 0.05},
@@ -74,7 +81,9 @@ def test_logits_and_gradients_are_torchs(name, tmp_path):
     config, params = load(oracle, tmp_path / "model")
     tokens = np.random.default_rng(1).integers(0, sizes["vocab_size"], (3, length)).astype(np.int32)
     mask = padded(length, 0, 3, length // 2)  # left padding by three different amounts
-    counted = mask & np.roll(mask, 1, axis=1) & (np.arange(length) > 0)  # a first token has nothing to be predicted from
+    counted = (
+        mask & np.roll(mask, 1, axis=1) & (np.arange(length) > 0)
+    )  # a first token has nothing to be predicted from
 
     out = oracle(
         torch.tensor(tokens).long(),
@@ -112,7 +121,9 @@ def test_causal_by_gradients(small):
     weigh = np.random.default_rng(1).normal(size=config.vocab_size)
 
     def outputs(wpe):
-        return gpt2.GPT2(config).apply({"params": {**params, "wpe": wpe}}, tokens, np.ones_like(tokens, bool))[0] @ weigh
+        return (
+            gpt2.GPT2(config).apply({"params": {**params, "wpe": wpe}}, tokens, np.ones_like(tokens, bool))[0] @ weigh
+        )
 
     size = np.abs(jax.jit(jax.jacrev(outputs))(jnp.asarray(params["wpe"]))).sum(-1)[:, :12]  # [output, position]
     assert (size[np.triu_indices(12, 1)] == 0).all()
@@ -173,6 +184,9 @@ def test_bfloat16_stays_near_float32(small):
     # bfloat16 keeps 8 bits, 0.4 % a rounding; about ten roundings on the way to a logit add up to 2 % of the spread at most.
     error = np.sqrt(np.square(rough - exact).mean()) / exact.std()
     assert rough.dtype == np.float32 and 1e-4 < error < 0.02
+    assert (
+        rough != rough.astype(jnp.bfloat16)
+    ).mean() > 0.9  # summed and kept in float32, not rounded to bfloat16 on the way
     cache = gpt2.init_cache(dataclasses.replace(config, compute_dtype="bfloat16"), 2, 4)
     assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
 

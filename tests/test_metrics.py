@@ -19,8 +19,11 @@ DATA = Path(os.environ.get("THERAPY_JAX_DATA") or Path(__file__).parents[2] / "s
 MESC = DATA / "mesc" / "MESC.csv"
 OVERLAP = ("bleu", "rouge1", "rouge2", "rougeL", "meteor")
 # A dictionary of one synset, {car, auto}: it lets the road from files to METEOR run where WordNet is not installed.
-TINY = {"data.adj": "  1 WordNet 9.9 Copyright\n", "data.noun": "00000000 06 n 02 car 0 auto 0 000 | with wheels\n",
-        "index.noun": "car n 1 0 1 0 00000000\nauto n 1 0 1 0 00000000\n"}
+TINY = {
+    "data.adj": "  1 WordNet 9.9 Copyright\n",
+    "data.noun": "00000000 06 n 02 car 0 auto 0 000 | with wheels\n",
+    "index.noun": "car n 1 0 1 0 00000000\nauto n 1 0 1 0 00000000\n",
+}
 
 
 def need_wordnet() -> None:
@@ -171,8 +174,15 @@ def test_install_wordnet(tiny, tmp_path):
     made = metrics.install_wordnet(tmp_path / "target", tiny)
     lines = (made / "lexnames").read_text().splitlines()
     assert len(lines) == 45
-    rows = {0: "00\tadj.all\t3", 2: "02\tadv.all\t4", 3: "03\tnoun.Tops\t1", 28: "28\tnoun.time\t1",
-            29: "29\tverb.body\t2", 43: "43\tverb.weather\t2", 44: "44\tadj.ppl\t3"}
+    rows = {
+        0: "00\tadj.all\t3",
+        2: "02\tadv.all\t4",
+        3: "03\tnoun.Tops\t1",
+        28: "28\tnoun.time\t1",
+        29: "29\tverb.body\t2",
+        43: "43\tverb.weather\t2",
+        44: "44\tadj.ppl\t3",
+    }
     assert {i: lines[i] for i in rows} == rows
     assert (made / "data.noun").read_text() == TINY["data.noun"]
     assert metrics.install_wordnet(tmp_path / "target", tiny) == made
@@ -208,8 +218,10 @@ def test_emotions_by_hand():
     gold = ["neutral", "neutral", "neutral", "sadness", None]
     predicted = ["neutral", " Neutral", "sadness", "sadness", "joy"]
     scores = metrics.emotion_scores(predicted, gold, "emotion_stated")
-    assert scores == {"emotion_stated_accuracy": 3 / 4,
-                      "emotion_stated_macro_f1": pytest.approx((2 * 2 / (2 + 3) + 2 * 1 / (2 + 1)) / 2)}
+    assert scores == {
+        "emotion_stated_accuracy": 3 / 4,
+        "emotion_stated_macro_f1": pytest.approx((2 * 2 / (2 + 3) + 2 * 1 / (2 + 1)) / 2),
+    }
     assert metrics.majority_accuracy(gold) == 3 / 4
     nothing = metrics.emotion_scores([None] * 4, gold[:4], "e")
     assert nothing == {"e_accuracy": 0.0, "e_macro_f1": 0.0}
@@ -252,8 +264,9 @@ def test_keys_of_text_metrics():
     assert sorted(metrics.text_metrics(["yes"], ["no"])) == sorted(overlap + rest)
 
 
-@pytest.mark.parametrize("function", [metrics.bleu, metrics.corpus_bleu, metrics.rouge, metrics.meteor,
-                                      metrics.text_metrics])
+@pytest.mark.parametrize(
+    "function", [metrics.bleu, metrics.corpus_bleu, metrics.rouge, metrics.meteor, metrics.text_metrics]
+)
 def test_wrong_lists_raise(function):
     with pytest.raises(ValueError, match="empty"):
         function([], [])
@@ -262,8 +275,14 @@ def test_wrong_lists_raise(function):
 
 
 def test_wrong_lists_raise_everywhere_else():
-    for function in (metrics.commonest, metrics.commonest_share, metrics.reply_words, metrics.majority_accuracy,
-                     metrics.mean_scores, lambda replies: metrics.distinct(replies, 1)):
+    for function in (
+        metrics.commonest,
+        metrics.commonest_share,
+        metrics.reply_words,
+        metrics.majority_accuracy,
+        metrics.mean_scores,
+        lambda replies: metrics.distinct(replies, 1),
+    ):
         with pytest.raises(ValueError, match="empty"):
             function([])
     for predicted, gold, reason in (([], [], "no gold label"), (["joy"], [None], "no gold label"), (["joy"], [], "1")):
@@ -273,8 +292,9 @@ def test_wrong_lists_raise_everywhere_else():
 
 def test_signature():
     need_wordnet()
-    assert metrics.signature() == ("tok:NLTKWordTokenizer,lower|bleu:sentence,nltk,method1|rouge:rouge-score 0.1.2,stem"
-                                   "|meteor:nltk,wordnet3.0|v1")
+    assert metrics.signature() == (
+        "tok:NLTKWordTokenizer,lower|bleu:sentence,nltk,method1|rouge:rouge-score 0.1.2,stem|meteor:nltk,wordnet3.0|v1"
+    )
 
 
 def test_nothing_asks_the_network(monkeypatch):

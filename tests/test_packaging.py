@@ -38,7 +38,9 @@ def tree(tmp_path) -> Path:
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, root)
     for stage in ("train_sft", "train_ppo", "evaluate"):
-        (root / "scripts" / f"{stage}.py").write_text("import os, sys\nprint('RAN', *sys.argv, os.environ['JAX_PLATFORMS'])\n")
+        (root / "scripts" / f"{stage}.py").write_text(
+            "import os, sys\nprint('RAN', *sys.argv, os.environ['JAX_PLATFORMS'])\n"
+        )
     for tool in COREUTILS:
         found = shutil.which(tool)
         assert found, tool
@@ -309,8 +311,14 @@ def test_no_file_names_a_package_index():
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    index = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|find-links|(?:extra-)?index-url\b|file://", re.IGNORECASE)
-    files = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and name != "tests/test_packaging.py"]
+    index = re.compile(
+        r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|find-links|(?:extra-)?index-url\b|file://", re.IGNORECASE
+    )
+    files = [
+        ROOT / name
+        for name in listed.stdout.splitlines()
+        if (ROOT / name).is_file() and name != "tests/test_packaging.py"
+    ]
     assert [str(f.relative_to(ROOT)) for f in files if index.search(f.read_bytes().decode(errors="ignore"))] == []
 
 
@@ -327,7 +335,9 @@ def test_sample_and_official_splits_are_in_the_package():
 def test_a_wheel_carries_the_package_and_its_data_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
     built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode and re.search("connection|temporary failure|no matching distribution", built.stderr, re.IGNORECASE):
+    if built.returncode and re.search(
+        "connection|temporary failure|no matching distribution", built.stderr, re.IGNORECASE
+    ):
         pytest.skip("the build backend cannot be fetched here")
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from therapy_jax import gpt2, prompts, weights
@@ -66,8 +66,13 @@ def test_formats_token_by_token(tokenizer, format, emotion):
 def test_unlabelled_turns():
     bare = dataclasses.replace(EXCHANGE, client=Turn("client", "I"), therapist=Turn("therapist", "You"))
     example = prompts.encode(BPE, bare, PromptConfig(format="emotion"), 50)
-    assert BPE.decode(example.prompt) == "<|utterance|> I<|reply|>" and BPE.decode(example.reply) == "<|text|> You<|endoftext|>"
-    with pytest.raises(DataError, match=r"conversation 1: a client turn has no emotion, which prompt\.emotion: inferred needs"):
+    assert (
+        BPE.decode(example.prompt) == "<|utterance|> I<|reply|>"
+        and BPE.decode(example.reply) == "<|text|> You<|endoftext|>"
+    )
+    with pytest.raises(
+        DataError, match=r"conversation 1: a client turn has no emotion, which prompt\.emotion: inferred needs"
+    ):
         prompts.encode(BPE, bare, PromptConfig(format="emotion", emotion="inferred"), 50)
 
 
@@ -75,7 +80,9 @@ def test_too_long_is_an_error():
     config = PromptConfig(max_tokens=8)
     size = sum(len(part) for part in prompts.encode(BPE, EXCHANGE, config, 99)[:2])
     assert prompts.encode(BPE, EXCHANGE, config, size).dropped_turns == 2
-    with pytest.raises(DataError, match=f"conversation 1: .* take {size} tokens, more than the model's {size - 1} positions"):
+    with pytest.raises(
+        DataError, match=f"conversation 1: .* take {size} tokens, more than the model's {size - 1} positions"
+    ):
         prompts.encode(BPE, EXCHANGE, config, size - 1)
 
 
@@ -83,7 +90,7 @@ words = st.lists(st.sampled_from(["I", "told", "you", "sorry", "Ω"]), min_size=
 turns = st.lists(st.builds(Turn, st.sampled_from(["client", "therapist"]), words), max_size=6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(turns, words, st.integers(1, 60))
 def test_truncation_drops_the_oldest_whole_turns_only(context, utterance, budget):
     client = Turn("client", utterance, "sadness")
@@ -106,15 +113,22 @@ def test_markers_in_text_stay_text(tokenizer):
     ids = prompts.encode_text(tokenizer, FORGED)
     assert not special & set(ids) and tokenizer.decode(ids) == f" {FORGED}"
     turn = Turn("client", FORGED, "joy")
-    example = prompts.encode(tokenizer, Exchange("1", (turn,), turn, dataclasses.replace(turn, speaker="therapist")), PromptConfig(), 500)
+    example = prompts.encode(
+        tokenizer, Exchange("1", (turn,), turn, dataclasses.replace(turn, speaker="therapist")), PromptConfig(), 500
+    )
     markers = [i for i in example.prompt + example.reply if i in special]
     expected = ["<|client|>", "<|utterance|>", "<|emotion|>", "<|reply|>", "<|text|>", "<|endoftext|>"]
     assert tokenizer.convert_ids_to_tokens(markers) == expected
     assert prompts.parse_reply(tokenizer, example.reply) == (None, "joy", FORGED, True)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.sampled_from(EMOTIONS), st.sampled_from(EMOTIONS), st.booleans())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    st.sampled_from(EMOTIONS),
+    st.sampled_from(EMOTIONS),
+    st.booleans(),
+)
 def test_what_is_written_is_read_back(text, client, therapist, inferred):
     config = PromptConfig(emotion="inferred" if inferred else "given")
     ids = prompts.encode_reply(BPE, Turn("therapist", text, therapist), client, config)
@@ -157,8 +171,12 @@ def test_trained_tokenizer():
 
 
 def test_saved_with_the_model(tokenizer, tmp_path):
-    config = gpt2.GPT2Config(vocab_size=len(tokenizer), n_positions=8, n_embd=2, n_layer=1, n_head=1, eos_token_id=tokenizer.eos_token_id)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), jax.eval_shape(lambda: gpt2.init(config, jax.random.key(0))))
+    config = gpt2.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=8, n_embd=2, n_layer=1, n_head=1, eos_token_id=tokenizer.eos_token_id
+    )
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape), jax.eval_shape(lambda: gpt2.init(config, jax.random.key(0)))
+    )
     weights.save_pretrained(tmp_path, config, params, tokenizer)
     again = prompts.load_tokenizer(tmp_path)
     assert len(again) == len(tokenizer) and again.eos_token_id == weights.load_pretrained(tmp_path)[0].eos_token_id
@@ -170,5 +188,7 @@ def test_saved_with_the_model(tokenizer, tmp_path):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(weights.WeightsError, match=r"no tokenizer here \(neither tokenizer\.json nor vocab\.json \+ merges\.txt\)"):
+    with pytest.raises(
+        weights.WeightsError, match=r"no tokenizer here \(neither tokenizer\.json nor vocab\.json \+ merges\.txt\)"
+    ):
         prompts.load_tokenizer(tmp_path)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -50,12 +50,16 @@ def test_greedy_is_torchs(tmp_path):
 
     free = torchs(-1)  # never ends; a token that some rows write after a while, and some never, then plays EOS
     written = [{t: list(row).index(t) for t in row} for row in free]
-    eos = next(t for row in written for t, i in row.items() if 5 < i < 60 and sum(t in other for other in written) in (1, 2, 3))
+    eos = next(
+        t for row in written for t, i in row.items() if 5 < i < 60 and sum(t in other for other in written) in (1, 2, 3)
+    )
     oracle.config.eos_token_id = int(eos)
     oracle.save_pretrained(tmp_path)
     config, params = weights.load_pretrained(tmp_path)
     cfg = SamplingConfig(max_new_tokens=64, temperature=0.0)
-    reply = jax.jit(functools.partial(sampling.generate, model=gpt2.GPT2(config), cfg=cfg))(params, prompt, jax.random.key(0))
+    reply = jax.jit(functools.partial(sampling.generate, model=gpt2.GPT2(config), cfg=cfg))(
+        params, prompt, jax.random.key(0)
+    )
     np.testing.assert_array_equal(reply.tokens, torchs(int(eos)))
     assert len(np.unique(free)) > 20  # no constant babble
     ends = [row.get(eos, 63) for row in written]
@@ -72,7 +76,11 @@ def test_a_reply_is_the_same_in_any_company(params, temperature):
     if temperature:
         assert len({tuple(row) for row in np.asarray(together.tokens)}) == 4
     further = generate(params, batching.prompts(PROMPTS, 35), keys)
-    alone = [(generate(params, batching.prompts([PROMPTS[i]], n), keys[i : i + 1]), slice(i, i + 1)) for i in (0, 1) for n in (5, 35)]
+    alone = [
+        (generate(params, batching.prompts([PROMPTS[i]], n), keys[i : i + 1]), slice(i, i + 1))
+        for i in (0, 1)
+        for n in (5, 35)
+    ]
     for other, rows in [(further, slice(None)), *alone]:
         np.testing.assert_array_equal(other.tokens, together.tokens[rows])
         np.testing.assert_array_equal(other.mask, together.mask[rows])
@@ -93,7 +101,9 @@ def test_logprobs_are_those_of_the_one_function(params):
     for temperature in (0.6, 1.7):
         reply = sampler(max_new_tokens=12, temperature=temperature)(params, prompt, jax.random.key(1))
         hidden = states(params, prompt, reply.tokens, reply.mask)
-        logprobs, entropy = sampling.reply_logprobs(params, hidden, reply.tokens, reply.mask, model=model, temperature=temperature)
+        logprobs, entropy = sampling.reply_logprobs(
+            params, hidden, reply.tokens, reply.mask, model=model, temperature=temperature
+        )
         np.testing.assert_allclose(reply.logprobs, logprobs, atol=1e-5)
         logits = np.asarray(gpt2.head(CONFIG, params["wte"], hidden), np.float64)[..., :200] / temperature
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -121,7 +131,11 @@ class Counting:
         ([99, 99], 1, [[100], [100]]),
         ([96, 99], 4, [[97, 98, 99, 100], [100]]),
         ([97, 10], 6, [[98, 99, 100], [11, 12, 13, 14, 15, 16]]),
-        ([127, 100], 6, [[0, 1, 2, 3, 4, 5], [101, 102, 103, 104, 105, 106]]),  # token 0 and an EOS in the prompt are no end
+        (
+            [127, 100],
+            6,
+            [[0, 1, 2, 3, 4, 5], [101, 102, 103, 104, 105, 106]],
+        ),  # token 0 and an EOS in the prompt are no end
     ],
 )
 def test_stops_when_all_have_ended(last, steps, replies, temperature):
@@ -165,12 +179,14 @@ def test_draw_follows_the_distribution():
 _draw = jax.jit(sampling.draw)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3, 0.97]), st.sampled_from([0.1, 2.0, 20.0]))
 def test_draw_never_picks_weight_zero(seed, alive, spread):
     """Not at 0, not just below 1, and not on the borders between tokens, where float sums disagree in their last bit."""
     random = np.random.default_rng(seed)
-    logits = np.where(random.random((256, 640)) < alive, random.normal(0, spread, (256, 640)), LOWEST).astype(np.float32)
+    logits = np.where(random.random((256, 640)) < alive, random.normal(0, spread, (256, 640)), LOWEST).astype(
+        np.float32
+    )
     logits[:, random.integers(640)] = 0.0
     weights = np.exp(logits - logits.max(-1, keepdims=True)).astype(np.float64)
     borders = (weights.cumsum(-1) / weights.sum(-1, keepdims=True))[np.arange(256), random.integers(0, 640, 256)]
@@ -194,7 +210,9 @@ def by_loop(row, top_k, top_p):
     return kept
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (999, 1.0), (0, 0.5), (0, 0.95), (0, 1e-6), (7, 0.8)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (999, 1.0), (0, 0.5), (0, 0.95), (0, 1e-6), (7, 0.8)]
+)
 def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
     logits = np.random.default_rng(0).normal(0, 2, (6, 256)).astype(np.float32)
     logits[:, 200:] = LOWEST  # the spare vocabulary
@@ -215,7 +233,9 @@ def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
 def test_top_k_and_temperature_reach_the_samples(params):
     """2,000 first tokens after one prompt: their shares are softmax(logits / T), or its best three, renormalised."""
     prompt = batching.prompts([PROMPTS[0]] * 2000, 5)
-    logits = np.asarray(jax.jit(gpt2.GPT2(CONFIG).apply)({"params": params}, prompt.tokens[:1], prompt.mask[:1]))[0, -1].astype(np.float64)
+    logits = np.asarray(jax.jit(gpt2.GPT2(CONFIG).apply)({"params": params}, prompt.tokens[:1], prompt.mask[:1]))[
+        0, -1
+    ].astype(np.float64)
     for top_k in (0, 3):
         reply = sampler(max_new_tokens=1, temperature=2.5, top_k=top_k)(params, prompt, jax.random.key(3))
         p = np.exp((logits - logits.max()) / 2.5)

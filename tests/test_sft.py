@@ -40,7 +40,9 @@ loss_and_grads = jax.jit(jax.value_and_grad(functools.partial(sft.sft_loss, key=
 @functools.cache
 def sgd_step(accumulate):
     """Plain SGD of rate 1, so that the step shows the gradient itself: Adam's first steps show little but its sign."""
-    return jax.jit(functools.partial(sft.sft_step, model=MODEL, tx=SGD, cfg=TrainingConfig(batch_size=4, accumulate=accumulate)))
+    return jax.jit(
+        functools.partial(sft.sft_step, model=MODEL, tx=SGD, cfg=TrainingConfig(batch_size=4, accumulate=accumulate))
+    )
 
 
 def close(a, b, tolerance):
@@ -71,13 +73,17 @@ def test_loss_counts_reply_tokens_only(params):
 
 def test_what_padding_holds_changes_nothing(params):
     b = batch()
-    garbage = np.where(b.attention_mask, b.tokens, np.random.default_rng(5).integers(0, 130, b.tokens.shape)).astype(np.int32)
+    garbage = np.where(b.attention_mask, b.tokens, np.random.default_rng(5).integers(0, 130, b.tokens.shape)).astype(
+        np.int32
+    )
     assert (garbage != b.tokens).any()
     (loss, tokens), grads = loss_and_grads(params, b)
     (other, _), other_grads = loss_and_grads(params, b._replace(tokens=garbage))
     assert loss == other
     close(other_grads, grads, 1e-6)
-    (other, count), other_grads = loss_and_grads(params, batch(length=24, rows=6))  # empty rows: the last batch of an epoch
+    (other, count), other_grads = loss_and_grads(
+        params, batch(length=24, rows=6)
+    )  # empty rows: the last batch of an epoch
     assert count == tokens and other == pytest.approx(float(loss), rel=1e-6)
     close(other_grads, grads, 1e-6)
 
@@ -125,7 +131,9 @@ def test_decay_spares_biases_and_layer_norms(params):
     assert len(marked) == 16
     tx = sft.optimizer(TrainingConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), steps=2)
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    for (_, update), (_, decays), leaf in zip(jax.tree_util.tree_leaves_with_path(updates), marked, jax.tree.leaves(params), strict=True):
+    for (_, update), (_, decays), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(updates), marked, jax.tree.leaves(params), strict=True
+    ):
         np.testing.assert_allclose(update, -0.1 * 0.5 * leaf if decays else 0 * leaf, rtol=1e-5, atol=1e-9)
 
 
@@ -142,13 +150,18 @@ def test_ten_steps_are_torchs(tmp_path):
     config, start = weights.load_pretrained(tmp_path / "start")
     start = jax.tree.map(jnp.asarray, start)
 
-    cfg = TrainingConfig(learning_rate=0.03, warmup_steps=3, final_learning_rate=0.2, weight_decay=0.3, max_grad_norm=1.2, batch_size=4)
+    cfg = TrainingConfig(
+        learning_rate=0.03, warmup_steps=3, final_learning_rate=0.2, weight_decay=0.3, max_grad_norm=1.2, batch_size=4
+    )
     peak, warmup, last, steps = cfg.learning_rate, 3, 0.2, 10
     tx = sft.optimizer(cfg, steps)
     step = jax.jit(functools.partial(sft.sft_step, model=gpt2.GPT2(config), tx=tx, cfg=cfg))
     state = sft.init_state(start, tx)
 
-    groups = [{"params": [p for p in oracle.parameters() if (p.ndim == 2) is two], "weight_decay": 0.3 * two} for two in (True, False)]
+    groups = [
+        {"params": [p for p in oracle.parameters() if (p.ndim == 2) is two], "weight_decay": 0.3 * two}
+        for two in (True, False)
+    ]
     adamw = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), eps=1e-8)
     factor = lambda i: i / warmup if i < warmup else 1 - (1 - last) * (i - warmup) / (steps - warmup)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
@@ -174,7 +187,13 @@ def test_ten_steps_are_torchs(tmp_path):
     _, end = weights.load_pretrained(tmp_path / "end")
     # A key bias has gradient 0 but for rounding, and Adam makes a full step of any rounding. It changes no output: left out.
     ours, theirs, before = (
-        {**t, "blocks": {**t["blocks"], "c_attn": {**t["blocks"]["c_attn"], "bias": t["blocks"]["c_attn"]["bias"][:, [0, 2]]}}}
+        {
+            **t,
+            "blocks": {
+                **t["blocks"],
+                "c_attn": {**t["blocks"]["c_attn"], "bias": t["blocks"]["c_attn"]["bias"][:, [0, 2]]},
+            },
+        }
         for t in (state.params, end, start)
     )
     moved = jax.tree.map(jnp.subtract, theirs, before)

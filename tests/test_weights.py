@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
@@ -103,7 +102,9 @@ def test_bfloat16_file(written, tmp_path):
     model = type(written[1])(written[1].config)
     model.load_state_dict(written[1].state_dict())
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), weights.load_pretrained(written[0])[1])
+    rounded = jax.tree.map(
+        lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), weights.load_pretrained(written[0])[1]
+    )
     same(weights.load_pretrained(tmp_path)[1], rounded)
 
 
@@ -111,10 +112,14 @@ def test_export_loads_in_torch(written, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config, params = weights.load_pretrained(written[0])
     # Small moves of every weight: what torch reads must be what we wrote, not what it had.
-    moved = jax.tree.map(lambda x: x + np.random.default_rng(x.size).normal(0, 0.05, x.shape).astype(np.float32), params)
+    moved = jax.tree.map(
+        lambda x: x + np.random.default_rng(x.size).normal(0, 0.05, x.shape).astype(np.float32), params
+    )
     weights.save_pretrained(tmp_path, config, moved)
     model, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert {kind for kind, found in info.items() if found} == set()  # missing, unexpected, mismatched keys, error messages
+    assert {
+        kind for kind, found in info.items() if found
+    } == set()  # missing, unexpected, mismatched keys, error messages
     with torch.no_grad():
         theirs = model.eval()(torch.tensor(TOKENS).long()).logits.numpy()
     assert theirs.shape == (2, 16, 150) and np.abs(theirs - written[2]).max() > 0.1
@@ -139,8 +144,14 @@ FAULTS = {
         lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": np.zeros((40, 24), np.float32)}),
         r"h\.0\.mlp\.c_fc\.weight has shape \(40, 24\)",
     ),
-    "an unexpected key": (lambda t: t.update({"score.weight": np.zeros(2, np.float32)}), r"unexpected tensors score\.weight"),
-    "a layer too many": (lambda t: t.update({"transformer.h.2.ln_1.bias": np.zeros(24, np.float32)}), r"unexpected tensors h\.2\.ln_1"),
+    "an unexpected key": (
+        lambda t: t.update({"score.weight": np.zeros(2, np.float32)}),
+        r"unexpected tensors score\.weight",
+    ),
+    "a layer too many": (
+        lambda t: t.update({"transformer.h.2.ln_1.bias": np.zeros(24, np.float32)}),
+        r"unexpected tensors h\.2\.ln_1",
+    ),
     "an untied head": (
         lambda t: t.update({"lm_head.weight": np.zeros((150, 24), np.float32)}),
         r"lm_head\.weight differs from wte\.weight",
@@ -149,7 +160,10 @@ FAULTS = {
 SETTINGS = {
     "another architecture": ({"model_type": "llama"}, r"model_type is 'llama'; only 'gpt2'"),
     "an activation": ({"activation_function": "silu"}, r"activation_function 'silu' is not one of"),
-    "scaling by layer": ({"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx = True is not supported"),
+    "scaling by layer": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        r"scale_attn_by_inverse_layer_idx = True is not supported",
+    ),
     "no scaling": ({"scale_attn_weights": False}, r"scale_attn_weights = False is not supported"),
     "cross-attention": ({"add_cross_attention": True}, r"add_cross_attention = True is not supported"),
     "heads that do not divide": ({"n_head": 5}, r"n_embd 24 is not a multiple of n_head 5"),
@@ -197,13 +211,23 @@ def test_faults_of_the_folder(folder):
 
 def test_unreachable_hub_id(tmp_path):
     """In a process of its own: the hub's client reads these variables once, when it is imported."""
-    code = "from therapy_jax import weights as w\ntry: w.load_pretrained('nobody/no-such-model')\nexcept w.WeightsError as e: print(e)"
-    variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "PYTHONPATH": ":".join(sys.path)}
-    start = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - start < 30  # imports included
-    assert run.stdout.startswith("nobody/no-such-model is no local folder, and the hub could not give it"), run.stderr
-    assert run.stdout.count("\n") == 1 and not run.stderr
+    code = (
+        "import time; from therapy_jax import weights as w; start = time.monotonic()\n"
+        "try: w.load_pretrained('nobody/no-such-model')\n"
+        "except w.WeightsError as e: print(e); print(time.monotonic() - start)"
+    )
+    variables = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": ":".join(sys.path),
+    }
+    run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+    message, seconds = run.stdout.splitlines()  # one line of message
+    assert (
+        message.startswith("nobody/no-such-model is no local folder, and the hub could not give it") and not run.stderr
+    )
+    assert float(seconds) < 10  # no retries; a second or so when the machine is free
 
 
 def test_resize_vocabulary(written):

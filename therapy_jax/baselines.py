@@ -15,9 +15,7 @@ from therapy_jax.dialogue import Exchange, Turn
 from therapy_jax.metrics import item_scores, mean_scores, words
 
 
-def constant(
-    train: Sequence[Exchange], seed: int = 0, candidates: int = 120, references: int = 800
-) -> dict[str, Turn]:
+def constant(train: Sequence[Exchange], seed: int = 0, candidates: int = 120, references: int = 800) -> dict[str, Turn]:
     """The best single answer to everything, one for each overlap metric (the keys of `metrics.item_scores`).
 
     Train is shuffled and cut in two: `references` therapist turns to score against (at most half of train), and the

@@ -76,7 +76,9 @@ def text_blocks(documents: Iterable[Sequence[int]], eos: int, length: int) -> np
     return np.asarray(stream[: n * length], np.int32).reshape(n, length)
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, pad_to: int, seed: int, epoch: int) -> list[tuple[np.ndarray, int]]:
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, pad_to: int, seed: int, epoch: int
+) -> list[tuple[np.ndarray, int]]:
     """One pass over the data -> [(indices, padded length)], each index exactly once.
 
     Shuffled, then sorted by length within windows of 16 batches, so that a batch holds like lengths and little padding,
@@ -96,5 +98,5 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, pad_to: int, seed: in
 def rollout_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Which prompts iteration `step` answers: passes over a permutation that changes with each pass -> i64[batch_size]."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {p: np.random.default_rng((seed, p)).permutation(n) for p in set(places // n)}
-    return np.asarray([orders[p][i] for p, i in zip(places // n, places % n, strict=True)])
+    orders = {p: np.random.default_rng((seed, p)).permutation(n) for p in set((places // n).tolist())}
+    return np.asarray([orders[p][i] for p, i in zip((places // n).tolist(), places % n, strict=True)])

@@ -43,7 +43,9 @@ def manager(folder: str | Path, best: str, mode: str, keep: int = 2) -> ocp.Chec
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, belongs_to: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, belongs_to: Mapping[str, Any], metrics: Mapping[str, float]
+) -> None:
     """Write `state` as step `step`. A step that exists already (the same state, after a restart) is left alone."""
     if step in manager.all_steps():
         return
@@ -54,7 +56,9 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, belongs_to: Mapp
     manager.wait_until_finished()
 
 
-def restore(manager: ocp.CheckpointManager, state: Any, belongs_to: Mapping[str, Any], step: int | None = None) -> tuple[Any, int] | None:
+def restore(
+    manager: ocp.CheckpointManager, state: Any, belongs_to: Mapping[str, Any], step: int | None = None
+) -> tuple[Any, int] | None:
     """-> (state, step) of the newest checkpoint (or of `step`), or None where there is none.
 
     `state` gives the structure, shapes, dtypes and shardings to restore into. Raises CheckpointError where the checkpoint
@@ -65,9 +69,12 @@ def restore(manager: ocp.CheckpointManager, state: Any, belongs_to: Mapping[str,
         return None
     info = manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]
     if info["format"] != FORMAT:
-        raise CheckpointError(f"{manager.directory}: written in format {info['format']}, this is format {FORMAT}; start in a new run_dir")
-    theirs, ours = flatten(info["belongs_to"]), flatten(belongs_to)
-    differing = [f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
+        raise CheckpointError(
+            f"{manager.directory}: written in format {info['format']}, this is format {FORMAT}; start in a new run_dir"
+        )
+    then, now = flatten(info["belongs_to"]), flatten(belongs_to)
+    keys = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    differing = [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys]
     if differing:
         raise CheckpointError(
             f"{manager.directory}: step {step} belongs to another run ({'; '.join(differing[:5])}); "
@@ -76,6 +83,13 @@ def restore(manager: ocp.CheckpointManager, state: Any, belongs_to: Mapping[str,
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
     return restored["state"], step
+
+
+def metric_of(manager: ocp.CheckpointManager, step: int, name: str) -> float:
+    """A metric that was saved with a step."""
+    metrics = manager.metrics(step)
+    assert metrics is not None, f"step {step} has no metrics"
+    return metrics[name]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -56,7 +56,10 @@ class ModelConfig:
     """Dtype of the matrix products; auto = bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
 
     def __post_init__(self):
-        require(self.n_embd % self.n_head == 0, f"model.n_embd ({self.n_embd}) must be a multiple of model.n_head ({self.n_head})")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"model.n_embd ({self.n_embd}) must be a multiple of model.n_head ({self.n_head})",
+        )
         require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
 
 
@@ -235,9 +238,20 @@ class PPOConfig:
         )
         require(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target must be above 0, not {self.kl_target}")
         require(self.kl_horizon > 0, f"ppo.kl_horizon must be above 0, not {self.kl_horizon}")
-        for name in ("iterations", "batch_size", "epochs", "learning_rate", "max_grad_norm", "eval_every", "eval_prompts"):
+        for name in (
+            "iterations",
+            "batch_size",
+            "epochs",
+            "learning_rate",
+            "max_grad_norm",
+            "eval_every",
+            "eval_prompts",
+        ):
             require(getattr(self, name) > 0, f"ppo.{name} must be above 0, not {getattr(self, name)}")
-        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, f"ppo.gamma and ppo.lam must be in [0, 1], not {self.gamma} and {self.lam}")
+        require(
+            0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
+            f"ppo.gamma and ppo.lam must be in [0, 1], not {self.gamma} and {self.lam}",
+        )
 
 
 @dataclass(frozen=True)

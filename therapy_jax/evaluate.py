@@ -70,7 +70,16 @@ def chunks(rows: Sequence[Sequence[int]], batch_size: int, room: int, n_position
     return list(zip(parts, lengths, strict=True))
 
 
-def answer(params: Any, rows: Sequence[Sequence[int]], key: jax.Array, *, model: gpt2.GPT2, cfg: SamplingConfig, batch_size: int, mesh: Mesh) -> list[list[int]]:
+def answer(
+    params: Any,
+    rows: Sequence[Sequence[int]],
+    key: jax.Array,
+    *,
+    model: gpt2.GPT2,
+    cfg: SamplingConfig,
+    batch_size: int,
+    mesh: Mesh,
+) -> list[list[int]]:
     """Prompts (ids) -> generated ids each, EOS included where it came. Row i draws from fold_in(key, i), whatever its batch."""
     program = jax.jit(functools.partial(generate, model=model, cfg=cfg))
     replies: list[list[int]] = [[] for _ in rows]
@@ -83,15 +92,21 @@ def answer(params: Any, rows: Sequence[Sequence[int]], key: jax.Array, *, model:
     return replies
 
 
-def read_emotions(params: Any, rows: Sequence[Sequence[int]], tokenizer: Any, *, model: gpt2.GPT2, batch_size: int, mesh: Mesh) -> list[str]:
+def read_emotions(
+    params: Any, rows: Sequence[Sequence[int]], tokenizer: Any, *, model: gpt2.GPT2, batch_size: int, mesh: Mesh
+) -> list[str]:
     """The emotion word that the model finds likeliest as the next thing after each prompt: argmax over the seven."""
     words = prompts.emotion_ids(tokenizer)
     examples = [Example(list(row), word, 0) for row in rows for word in words]
-    losses = losses_of(params, examples, model=model, batch_size=batch_size, mesh=mesh)[0].reshape(len(rows), len(words))
+    losses = losses_of(params, examples, model=model, batch_size=batch_size, mesh=mesh)[0].reshape(
+        len(rows), len(words)
+    )
     return [EMOTIONS[i] for i in losses.argmin(1)]
 
 
-def losses_of(params: Any, examples: Sequence[Example], *, model: gpt2.GPT2, batch_size: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+def losses_of(
+    params: Any, examples: Sequence[Example], *, model: gpt2.GPT2, batch_size: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
     """Summed negative log-likelihood of each example's reply, and its number of tokens -> (f32[N], f32[N])."""
 
     def one(params, tokens, mask, loss_mask):
@@ -106,14 +121,23 @@ def losses_of(params: Any, examples: Sequence[Example], *, model: gpt2.GPT2, bat
     return losses, counts
 
 
-def reward_terms(replies: Sequence[Sequence[int]], refs: References, vocabulary: Vocabulary, weights: RewardWeights) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def reward_terms(
+    replies: Sequence[Sequence[int]], refs: References, vocabulary: Vocabulary, weights: RewardWeights
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The same terms that PPO was trained on, for any replies (ids) -> (total [N], {term: [N]})."""
     tokens, mask = batching.pad(replies, batching.round_up(max(map(len, replies)) or 1, PAD_TO), "right")
     program = jax.jit(lambda t, m, r, v: score(reward_batch.make(t, m, r, v), weights))
     return jax.device_get(program(tokens, mask, refs, vocabulary))
 
 
-def of_replies(replies: Sequence[Sequence[int]], refs: References, tokenizer: Any, vocabulary: Vocabulary, weights: RewardWeights, perplexity: float | None = None) -> System:
+def of_replies(
+    replies: Sequence[Sequence[int]],
+    refs: References,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    weights: RewardWeights,
+    perplexity: float | None = None,
+) -> System:
     """Generated ids -> System."""
     parsed: list[ParsedReply] = [prompts.parse_reply(tokenizer, ids) for ids in replies]
     total, terms = reward_terms(replies, refs, vocabulary, weights)
@@ -127,9 +151,19 @@ def of_replies(replies: Sequence[Sequence[int]], refs: References, tokenizer: An
     )
 
 
-def of_turns(turns: Sequence[Turn], exchanges: Sequence[Exchange], refs: References, tokenizer: Any, vocabulary: Vocabulary, weights: RewardWeights, prompt: PromptConfig) -> System:
+def of_turns(
+    turns: Sequence[Turn],
+    exchanges: Sequence[Exchange],
+    refs: References,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    weights: RewardWeights,
+    prompt: PromptConfig,
+) -> System:
     """Answers that come as text, scored through the same tokens as a model's."""
-    replies = [prompts.encode_reply(tokenizer, t, e.client.emotion, prompt) for t, e in zip(turns, exchanges, strict=True)]
+    replies = [
+        prompts.encode_reply(tokenizer, t, e.client.emotion, prompt) for t, e in zip(turns, exchanges, strict=True)
+    ]
     system = of_replies(replies, refs, tokenizer, vocabulary, weights)
     return system._replace(texts=[t.text for t in turns], emotions=[t.emotion for t in turns])
 
@@ -147,11 +181,16 @@ def row(system: System, exchanges: Sequence[Exchange]) -> dict[str, Any]:
     }
 
 
-def constants(train: Sequence[Exchange], exchanges: Sequence[Exchange], score_turns: Any, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
+def constants(
+    train: Sequence[Exchange], exchanges: Sequence[Exchange], score_turns: Any, seed: int
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The row of the best constant answer, another one for each metric, each chosen on train; and those answers."""
     chosen = baselines.constant(train, seed)
     emotion = baselines.majority_emotion(train)
-    rows = {name: row(score_turns([Turn("therapist", turn.text, emotion)] * len(exchanges)), exchanges) for name, turn in chosen.items()}
+    rows = {
+        name: row(score_turns([Turn("therapist", turn.text, emotion)] * len(exchanges)), exchanges)
+        for name, turn in chosen.items()
+    }
     anchor = rows["rougeL"]  # what no single metric chose (reward, length, ...) is that of the answer best by ROUGE-L
     return {**anchor, **{name: rows[name][name] for name in rows}}, {name: turn.text for name, turn in chosen.items()}
 
@@ -188,7 +227,13 @@ def table(results: dict[str, Any]) -> Table:
         out.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, values in results["systems"].items():
         cells = [values.get(key) for key in columns]
-        out.add_row(name, *("" if v is None else f"{v:.1f}" if key in ("perplexity", "reply_words") else f"{v:.4f}" for key, v in zip(columns, cells, strict=True)))
+        out.add_row(
+            name,
+            *(
+                "" if v is None else f"{v:.1f}" if key in ("perplexity", "reply_words") else f"{v:.4f}"
+                for key, v in zip(columns, cells, strict=True)
+            ),
+        )
     out.add_section()
     paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]}
     out.add_row("paper (MESC)", *(f"{paper[key]:.4f}" if key in paper else "" for key in columns))

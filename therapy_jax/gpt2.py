@@ -107,11 +107,15 @@ def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None
     qkv = jnp.einsum("btd,dchk->cbhtk", h_BTD, p["c_attn"]["kernel"].astype(dtype))
     q_BHTK, k_BHTK, v_BHTK = qkv + p["c_attn"]["bias"].astype(dtype)[:, None, :, None, :]
     mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK)
-    out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, p["attn_proj"]["kernel"].astype(dtype)) + p["attn_proj"]["bias"].astype(dtype)
+    out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, p["attn_proj"]["kernel"].astype(dtype)) + p["attn_proj"][
+        "bias"
+    ].astype(dtype)
     x_BTD = x_BTD + dropout(out_BTD, config.dropout, keys[0])
 
     h_BTD = layer_norm(x_BTD, p["ln_2"], config.layer_norm_epsilon).astype(dtype)
-    h_BTF = ACTIVATIONS[config.activation_function](h_BTD @ p["c_fc"]["kernel"].astype(dtype) + p["c_fc"]["bias"].astype(dtype))
+    h_BTF = ACTIVATIONS[config.activation_function](
+        h_BTD @ p["c_fc"]["kernel"].astype(dtype) + p["c_fc"]["bias"].astype(dtype)
+    )
     out_BTD = h_BTF @ p["mlp_proj"]["kernel"].astype(dtype) + p["mlp_proj"]["bias"].astype(dtype)
     return x_BTD + dropout(out_BTD, config.dropout, keys[1])
 
@@ -148,7 +152,9 @@ class GPT2(nn.Module):
         self.blocks = self.param("blocks", init_blocks)
         self.ln_f = self.param("ln_f", lambda _: {"scale": jnp.ones(c.n_embd), "bias": jnp.zeros(c.n_embd)})
 
-    def hidden(self, tokens: Array, attention_mask: Array, cache: KVCache | None = None) -> tuple[Array, KVCache | None]:
+    def hidden(
+        self, tokens: Array, attention_mask: Array, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
         """Last hidden state, after the final layer norm, before the head.
 
         tokens i32[B,T], attention_mask bool[B,T] (True = a real token; padding may stand left or right), cache: the tokens
@@ -162,19 +168,15 @@ class GPT2(nn.Module):
         x_BTD = dropout(self.wte[tokens] + self.wpe[positions], c.dropout, key)
 
         length = tokens.shape[1]
-        if cache is None:
-            start, seen = 0, attention_mask
-        else:
-            start = cache.index
-            seen = jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
+        start = jnp.int32(0) if cache is None else cache.index
+        seen = attention_mask if cache is None else jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
         causal_TS = jnp.arange(seen.shape[1]) <= start + jnp.arange(length)[:, None]
         visible_BTS = causal_TS & seen[:, None, :]
 
         def step(carry, layer):
             x_BTD, kv = carry
             p, i = layer
-            block_key = None if key is None else jax.random.fold_in(key, i)
-            attention_key = None if key is None else jax.random.fold_in(block_key, 2)
+            block_key, attention_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
 
             def attend(q_BHTK, k_BHTK, v_BHTK):
                 nonlocal kv

@@ -89,8 +89,10 @@ def install_wordnet(target_dir: str | Path, source: str | Path | None = None) ->
     try:
         for name in _NEEDED + [name for name in _OPTIONAL if (source / name).is_file()]:
             shutil.copyfile(source / name, staging / name)
-        lines = (f"{i:02}\t{name}\t{1 + ('noun verb adj adv'.split()).index(name.split('.')[0])}\n"
-                 for i, name in enumerate(_LEXNAMES))
+        lines = (
+            f"{i:02}\t{name}\t{1 + ('noun verb adj adv'.split()).index(name.split('.')[0])}\n"
+            for i, name in enumerate(_LEXNAMES)
+        )
         (staging / "lexnames").write_text("".join(lines))
         for file in staging.iterdir():
             file.chmod(0o644)
@@ -147,7 +149,7 @@ def _synsets(reader: WordNetCorpusReader | None, word: str) -> list[Any]:
 
 
 def meteor_name() -> str:
-    """"meteor", or "meteor_exact_stem" where WordNet is absent: without synonyms it is a lesser, other metric."""
+    """ "meteor", or "meteor_exact_stem" where WordNet is absent: without synonyms it is a lesser, other metric."""
     return "meteor_exact_stem" if wordnet() is None else "meteor"
 
 
@@ -259,8 +261,12 @@ def reply_words(replies: Sequence[str]) -> float:
 def text_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Every text metric of this file: overlap with the references, and how varied and how long the replies are."""
     overlap = mean_scores([item_scores(*pair) for pair in _pairs(replies, references)])
-    return overlap | {"distinct1": distinct(replies, 1), "distinct2": distinct(replies, 2),
-                      "commonest_share": commonest_share(replies), "reply_words": reply_words(replies)}
+    return overlap | {
+        "distinct1": distinct(replies, 1),
+        "distinct2": distinct(replies, 2),
+        "commonest_share": commonest_share(replies),
+        "reply_words": reply_words(replies),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- emotions
@@ -297,5 +303,7 @@ def signature() -> str:
     """One line to print under every table: tokeniser, variants and versions. Equal lines mean comparable numbers."""
     reader = wordnet()
     synonyms = "exact+stem" if reader is None else f"wordnet{reader.get_version()}"
-    return (f"tok:NLTKWordTokenizer,lower|bleu:sentence,nltk,method1|rouge:rouge-score {version('rouge-score')},stem"
-            f"|meteor:nltk,{synonyms}|v1")
+    return (
+        f"tok:NLTKWordTokenizer,lower|bleu:sentence,nltk,method1|rouge:rouge-score {version('rouge-score')},stem"
+        f"|meteor:nltk,{synonyms}|v1"
+    )

@@ -68,7 +68,9 @@ def init_state(policy: Params, config: gpt2.GPT2Config, tx: optax.GradientTransf
     return PPOState(params, jax.tree.map(jnp.copy, policy), tx.init(params), jnp.float32(cfg.kl_coef), jnp.int32(0))
 
 
-def read(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float) -> tuple[Array, Array, Array]:
+def read(
+    params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float
+) -> tuple[Array, Array, Array]:
     """One forward -> (logprobs, entropy, values) of the reply tokens, f32[B,R] each. The value of a token is the critic's
     guess before it is written: it reads the same hidden state that predicts the token."""
     hidden_BRD = reply_hidden(params["policy"], prompt, tokens, mask, model=model)
@@ -78,7 +80,14 @@ def read(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: g
 
 
 def make_rollout(
-    state: PPOState, prompt: Prompt, reply: Reply, scores: Array, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
+    state: PPOState,
+    prompt: Prompt,
+    reply: Reply,
+    scores: Array,
+    *,
+    model: gpt2.GPT2,
+    cfg: PPOConfig,
+    temperature: float,
 ) -> tuple[Rollout, Metrics]:
     """Replies and their scores f32[B] -> Rollout, and what it says about the policy so far.
 
@@ -89,7 +98,9 @@ def make_rollout(
     mask = reply.mask
     logprobs, entropy, values = read(state.params, prompt, reply.tokens, mask, model=model, temperature=temperature)
     ref_hidden = reply_hidden(state.ref_params, prompt, reply.tokens, mask, model=model)
-    ref_logprobs, _ = reply_logprobs(state.ref_params, ref_hidden, reply.tokens, mask, model=model, temperature=temperature)
+    ref_logprobs, _ = reply_logprobs(
+        state.ref_params, ref_hidden, reply.tokens, mask, model=model, temperature=temperature
+    )
 
     kl = jnp.where(mask, logprobs - ref_logprobs, 0.0)
     rewards = shape_rewards(scores, kl, mask, kl_coef=state.kl_coef)
@@ -112,7 +123,9 @@ def make_rollout(
     return Rollout(prompt, reply.tokens, mask, logprobs, values, advantages, returns), metrics
 
 
-def ppo_loss(params: Params, rollout: Rollout, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float) -> tuple[Array, Metrics]:
+def ppo_loss(
+    params: Params, rollout: Rollout, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
+) -> tuple[Array, Metrics]:
     """-> (loss f32[], metrics) of a minibatch; means are over reply tokens."""
     mask = rollout.mask
     logprobs, entropy, values = read(params, rollout.prompt, rollout.tokens, mask, model=model, temperature=temperature)
@@ -223,7 +236,9 @@ def ppo_iteration(
     reply = generate(state.params["policy"], prompt, sample_key, model=model, cfg=sampling)
     scores, raw = score_fn(reply, references)
     rollout, seen = make_rollout(state, prompt, reply, scores, model=model, cfg=cfg, temperature=sampling.temperature)
-    state, update = ppo_update(state, rollout, update_key, model=model, tx=tx, cfg=cfg, temperature=sampling.temperature)
+    state, update = ppo_update(
+        state, rollout, update_key, model=model, tx=tx, cfg=cfg, temperature=sampling.temperature
+    )
     kl_coef = adapt_kl_coef(state.kl_coef, seen["kl"], reply.tokens.shape[0], cfg=cfg)
     terms = {f"reward/{name}": values.mean() for name, values in raw.items()}
     return state._replace(kl_coef=kl_coef, step=state.step + 1), {**seen, **terms, **update}

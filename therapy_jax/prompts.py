@@ -70,9 +70,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS, clean_up_tokenization_spaces=False
+    )
 
 
 def add_special_tokens(tokenizer: Any) -> int:
@@ -109,7 +113,11 @@ def encode_prompt(tokenizer: Any, context: Sequence[Turn], client: Turn, config:
     if config.emotion == "given":
         tail += [marker["<|reply|>"]]
 
-    turns = [[marker[f"<|{t.speaker}|>"], *encode_text(tokenizer, t.text)] for t in context] if "context" in config.format else []
+    turns = (
+        [[marker[f"<|{t.speaker}|>"], *encode_text(tokenizer, t.text)] for t in context]
+        if "context" in config.format
+        else []
+    )
     kept: list[list[int]] = []
     room = config.max_tokens - len(tail)
     for turn in reversed(turns):
@@ -123,7 +131,9 @@ def encode_prompt(tokenizer: Any, context: Sequence[Turn], client: Turn, config:
 def encode_reply(tokenizer: Any, therapist: Turn, client_emotion: str | None, config: PromptConfig) -> list[int]:
     """The supervised part: emotion, <|text|>, text, and exactly one EOS. Never cut."""
     marker = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    inferred = [*encode_text(tokenizer, client_emotion or ""), marker["<|reply|>"]] if config.emotion == "inferred" else []
+    inferred = (
+        [*encode_text(tokenizer, client_emotion or ""), marker["<|reply|>"]] if config.emotion == "inferred" else []
+    )
     stated = encode_text(tokenizer, therapist.emotion) if therapist.emotion else []
     return [*inferred, *stated, marker["<|text|>"], *encode_text(tokenizer, therapist.text), tokenizer.eos_token_id]
 

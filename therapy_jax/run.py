@@ -1,11 +1,11 @@
 """What every script shares: the run folder, log lines, progress, and the manner in which a user's mistake is answered.
 
-    runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yaml` runs it again
-              metrics.jsonl      one object a logged step: stage, step, seconds, every metric; unique by stage and step
-              environment.json   per stage: commit, versions, devices, when and how long
-              {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
-              samples.jsonl      the same prompts answered again and again while PPO goes on
-              results.json       the evaluation
+runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yaml` runs it again
+          metrics.jsonl      one object a logged step: stage, step, seconds, every metric; unique by stage and step
+          environment.json   per stage: commit, versions, devices, when and how long
+          {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
+          samples.jsonl      the same prompts answered again and again while PPO goes on
+          results.json       the evaluation
 """
 
 from __future__ import annotations
@@ -69,14 +69,18 @@ def start(config: Config, stage: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config_module.to_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"run_dir {folder} cannot be written ({error.strerror}); choose another with --run_dir") from error
+        raise ConfigError(
+            f"run_dir {folder} cannot be written ({error.strerror}); choose another with --run_dir"
+        ) from error
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     devices = jax.devices()
     if devices[0].platform == "cpu":
         keep_freed_memory()
-    console.print(f"[bold]{stage}[/]: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), run folder {escape(str(folder))}")
+    console.print(
+        f"[bold]{stage}[/]: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), run folder {escape(str(folder))}"
+    )
     return folder
 
 
@@ -117,7 +121,9 @@ def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]
     path = folder / stage / "model"
     if not (path / "model.safetensors").is_file():
         script = "train_ppo.py" if stage == "ppo" else "train_sft.py"
-        raise ConfigError(f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first")
+        raise ConfigError(
+            f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first"
+        )
     gpt2_config, params = weights.load_pretrained(path)
     return dataclasses.replace(gpt2_config, compute_dtype=compute_dtype(config)), params, prompts.load_tokenizer(path)
 
@@ -145,8 +151,12 @@ def commit() -> str | None:
     """The commit of the code that runs, "+" where it has uncommitted changes; None outside git."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "--", here], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno", "--", here], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -161,12 +171,19 @@ def write_json(path: Path, content: Any) -> None:
 
 def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started: float) -> None:
     """One line of metrics.jsonl. `started`: time.monotonic() at the start of the stage."""
-    line = {"stage": stage, "step": step, "seconds": round(time.monotonic() - started, 2), **{k: plain(v) for k, v in metrics.items()}}
+    line = {
+        "stage": stage,
+        "step": step,
+        "seconds": round(time.monotonic() - started, 2),
+        **{k: plain(v) for k, v in metrics.items()},
+    }
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def log_samples(folder: Path, step: int, texts: Sequence[str], emotions: Sequence[str | None], exchanges: Sequence[Exchange]) -> None:
+def log_samples(
+    folder: Path, step: int, texts: Sequence[str], emotions: Sequence[str | None], exchanges: Sequence[Exchange]
+) -> None:
     """Append the replies of one evaluation to samples.jsonl."""
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         for text, emotion, exchange in zip(texts, emotions, exchanges, strict=True):
@@ -179,7 +196,9 @@ def check_finite(metrics: Mapping[str, Any]) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
             what = f"reward term {name.removeprefix('reward/')}" if name.startswith("reward/") else name
-            raise ConfigError(f"{what} is {value}; lower the learning rate, or start again from the last checkpoint in another run_dir")
+            raise ConfigError(
+                f"{what} is {value}; lower the learning rate, or start again from the last checkpoint in another run_dir"
+            )
 
 
 def plain(value: Any) -> Any:
@@ -191,7 +210,9 @@ def forget_after(path: Path, stage: str, step: int) -> None:
     """Drop this stage's lines beyond `step`: they were written after the checkpoint that a restart goes on from."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # not a line cut by a kill
+    lines = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+    ]  # not a line cut by a kill
     kept = [line for line in lines if (record := json.loads(line))["stage"] != stage or record["step"] <= step]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -205,7 +226,13 @@ def progress(stage: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     Yields advance(step, **numbers): the numbers that matter, shown as they are given.
     """
     if console.is_terminal:
-        columns = (TextColumn("{task.description:>10}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
+        columns = (
+            TextColumn("{task.description:>10}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(stage, total=total, completed=done, numbers="compiling ...")
             yield lambda step, **numbers: bar.update(task, completed=step, numbers=show(numbers))
@@ -225,4 +252,6 @@ def progress(stage: str, total: int, done: int = 0) -> Iterator[Callable[..., No
 
 
 def show(numbers: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
+    return "  ".join(
+        f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
+    )

@@ -84,7 +84,9 @@ def generate(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cf
     batch, length = prompt.tokens.shape
     limit, config = cfg.max_new_tokens, model.config
     if length + limit > config.n_positions:
-        raise ValueError(f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions")
+        raise ValueError(
+            f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions"
+        )
     row_keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
 
     def forward(tokens, mask, cache):
@@ -113,7 +115,9 @@ def generate(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cf
         return step + 1, reply, cache, going_on, logits, step
 
     logits, cache = forward(prompt.tokens, prompt.mask, gpt2.init_cache(config, batch, length + limit))
-    empty = Reply(jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32))
+    empty = Reply(
+        jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
+    )
     start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits, jnp.int32(0))
     return jax.lax.while_loop(unfinished, decode, start)[1]
 
@@ -125,7 +129,9 @@ def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, 
     return hidden_BTD[:, prompt.tokens.shape[1] - 1 : -1]
 
 
-def reply_logprobs(params: Params, hidden_BRD: Array, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float) -> tuple[Array, Array]:
+def reply_logprobs(
+    params: Params, hidden_BRD: Array, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float
+) -> tuple[Array, Array]:
     """-> (log-probs, entropy), f32[B,R] each, nats, of softmax(logits / temperature); 0 outside the mask. Only reply
     positions go through the head: [B,P,V] is never computed."""
     logits_BRV = temper(gpt2.head(model.config, params["wte"], hidden_BRD), temperature)

@@ -68,7 +68,7 @@ def sft_loss(params: Params, batch: Batch, key: Array | None, *, model: gpt2.GPT
     rngs = None if key is None else {"dropout": key}
     hidden_BTD, _ = model.apply({"params": params}, batch.tokens, batch.attention_mask, method="hidden", rngs=rngs)
     logits_BTV = gpt2.head(model.config, params["wte"], hidden_BTD[:, :-1])
-    logprobs = gpt2.token_logprobs(logits_BTV, batch.tokens[:, 1:])
+    logprobs = gpt2.token_logprobs(logits_BTV, jnp.asarray(batch.tokens)[:, 1:])
     counted = batch.loss_mask[:, 1:]
     return -jnp.where(counted, logprobs, 0.0).sum(), counted.sum().astype(jnp.float32)
 

@@ -28,7 +28,9 @@ def check_divides(batch_size: int, mesh: Mesh, name: str) -> None:
     size = mesh.shape["data"]
     if batch_size % size:
         fits = [batch_size // size * size, (batch_size // size + 1) * size]
-        raise ConfigError(f"{name} ({batch_size}) must be a multiple of the {size} devices of mesh.data; {fits[0] or fits[1]} or {fits[1]} would do")
+        raise ConfigError(
+            f"{name} ({batch_size}) must be a multiple of the {size} devices of mesh.data; {fits[0] or fits[1]} or {fits[1]} would do"
+        )
 
 
 def split_batch(mesh: Mesh, tree: Any) -> Any:

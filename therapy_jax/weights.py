@@ -96,7 +96,9 @@ def read_config(folder: Path) -> GPT2Config:
     if activation not in ACTIVATIONS:
         raise WeightsError(f"{path}: activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     known = {f.name for f in dataclasses.fields(GPT2Config)} - {"dropout", "compute_dtype"}
-    values = {k: v for k, v in raw.items() if k in known and v is not None} | {"activation_function": activation}
+    values: dict[str, Any] = {k: v for k, v in raw.items() if k in known and v is not None} | {
+        "activation_function": activation
+    }
     config = GPT2Config(**values)
     if config.n_embd % config.n_head:
         raise WeightsError(f"{path}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
@@ -154,7 +156,7 @@ def load_pretrained(folder_or_hub_id: str | os.PathLike) -> tuple[GPT2Config, Pa
     config = read_config(folder)
     tensors = read_tensors(folder)
     head = tensors.pop("lm_head.weight", None)
-    if head is not None and not np.array_equal(head, tensors.get("wte.weight")):
+    if head is not None and "wte.weight" in tensors and not np.array_equal(head, tensors["wte.weight"]):
         raise WeightsError(f"{folder}: lm_head.weight differs from wte.weight; only tied heads are supported")
 
     params: dict[str, Any] = {}

@@ -53,7 +53,9 @@ def make(tokens: Array, mask: Array, references: References, vocabulary: Vocabul
     # The stated emotion: the tokens from after <|reply|> (or the start) up to <|text|>, against each emotion word.
     reply = first((tokens == vocabulary.reply) & inside & (column < border[:, None]))
     start = jnp.where(reply < length, reply + 1, 0)
-    places = start[:, None] + jnp.arange(vocabulary.emotions.shape[1] + 1)  # one more than any word, to see that it ends
+    places = start[:, None] + jnp.arange(
+        vocabulary.emotions.shape[1] + 1
+    )  # one more than any word, to see that it ends
     written = jnp.take_along_axis(tokens, jnp.minimum(places, length - 1), 1)
     written = jnp.where(places < border[:, None], written, -1)  # [B, K+1], padded like the table
     table = jnp.pad(vocabulary.emotions, ((0, 0), (0, 1)), constant_values=-1)

@@ -33,7 +33,9 @@ TERMS: dict[str, Term] = {  # the names are the fields of config.RewardWeights
 }
 
 
-def score(batch: RewardBatch, weights: RewardWeights, terms: Mapping[str, Term] = TERMS) -> tuple[Array, dict[str, Array]]:
+def score(
+    batch: RewardBatch, weights: RewardWeights, terms: Mapping[str, Term] = TERMS
+) -> tuple[Array, dict[str, Array]]:
     """-> (total f32[B], {name: raw value f32[B]}), every term computed, also those of weight 0.
 
     Raises ValueError, naming the term, where one gives another shape than [B] or another dtype than float32: a single
@@ -43,7 +45,9 @@ def score(batch: RewardBatch, weights: RewardWeights, terms: Mapping[str, Term] 
     raw = {name: term(batch) for name, term in terms.items()}
     for name, values in raw.items():
         if values.shape != size or values.dtype != jnp.float32:
-            raise ValueError(f"reward term {name} gives {values.dtype}{list(values.shape)}, it must give float32{list(size)}")
+            raise ValueError(
+                f"reward term {name} gives {values.dtype}{list(values.shape)}, it must give float32{list(size)}"
+            )
     wanted = dataclasses.asdict(weights)
     total = sum((wanted[name] * values for name, values in raw.items()), start=jnp.zeros(size, jnp.float32))
     return total, raw

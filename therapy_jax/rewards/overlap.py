@@ -32,7 +32,8 @@ def matches(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array, n: int) ->
     in_hyp = (hyp[:, :, None] == hyp[:, None]).all(-1) & hyp_mask[:, None]
     earlier = jnp.tril(in_hyp, -1).sum(-1)
     in_ref = ((hyp[:, :, None] == ref[:, None]).all(-1) & ref_mask[:, None]).sum(-1)
-    return tuple(x.sum(-1).astype(jnp.float32) for x in (hyp_mask & (earlier < in_ref), hyp_mask, ref_mask))
+    hits, in_hyp, in_ref = (x.sum(-1).astype(jnp.float32) for x in (hyp_mask & (earlier < in_ref), hyp_mask, ref_mask))
+    return hits, in_hyp, in_ref
 
 
 def f1(hits: Array, in_hyp: Array, in_ref: Array) -> Array:

@@ -1,0 +1,274 @@
+"""The laws that PPO must obey, each on a tiny model and real rollouts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from therapy_jax import gpt2, ppo, sharding
+from therapy_jax.batching import Prompt
+from therapy_jax.config import ConfigError, MeshConfig, PPOConfig, SamplingConfig
+from therapy_jax.rewards.batch import References
+from therapy_jax.sampling import Reply, generate, reply_hidden, reply_logprobs
+
+B, P, R = 16, 9, 6
+CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
+MODEL = gpt2.GPT2(CONFIG)
+CFG = PPOConfig(
+    batch_size=B, epochs=2, minibatches=4, learning_rate=3e-3, warmup_steps=1, kl_coef=0.1, max_update_kl=None
+)
+
+
+def make_state(cfg=CFG, seed=0, scale=3.0):
+    """A policy with confident opinions (scaled-up weights), so that nothing is trivially uniform."""
+    params = jax.tree.map(lambda x: x * scale, gpt2.init(CONFIG, jax.random.key(seed)))
+    return ppo.init_state(params, CONFIG, ppo.optimizer(cfg), cfg)
+
+
+def make_prompt(seed=0) -> Prompt:
+    """Mixed prompt lengths, padded on the left."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, P + 1, (B, 1))
+    mask = np.arange(P) >= P - lengths
+    return Prompt(jnp.asarray(np.where(mask, rng.integers(1, 50, (B, P)), 0), jnp.int32), jnp.asarray(mask))  # type: ignore[arg-type]
+
+
+def make_rollout(state, cfg=CFG, temperature=0.8, seed=0, scores=None):
+    prompt = make_prompt(seed)
+    sampling = SamplingConfig(max_new_tokens=R, temperature=temperature)
+    reply = generate(state.params["policy"], prompt, jax.random.key(seed), model=MODEL, cfg=sampling)
+    scores = jnp.linspace(-0.7, 1.9, B) if scores is None else scores
+    return ppo.make_rollout(state, prompt, reply, scores, model=MODEL, cfg=cfg, temperature=temperature)
+
+
+def perturbed(params, seed=7, size=0.02):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def update(state, rollout, cfg=CFG, **kwargs):
+    return ppo.ppo_update(
+        state, rollout, jax.random.key(5), model=MODEL, tx=ppo.optimizer(cfg), cfg=cfg, temperature=0.8, **kwargs
+    )
+
+
+def assert_trees_close(a, b, rtol, atol):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def test_ratio_is_one_before_any_update_and_kl_is_zero_for_equal_weights():
+    state = make_state()
+    rollout, metrics = make_rollout(state)
+    assert len(set(np.asarray(rollout.mask.sum(1)).tolist())) > 1  # replies of several lengths, some with EOS
+    assert float(metrics["kl"]) == 0.0 and float(metrics["kl_k3"]) == 0.0
+    assert float(metrics["sampler_gap"]) < 1e-5
+    _, updated = update(state, rollout)
+    assert float(updated["ratio_gap_start"]) < 1e-5
+    assert float(updated["ratio_gap"]) > 1e-3  # and it did move afterwards
+
+
+def test_kl_is_that_of_the_whole_distributions():
+    """k1 and k3, averaged over many replies, estimate sum_t KL(policy || reference) along the way, computed in full."""
+    state = make_state(scale=2.0)
+    state = state._replace(ref_params=perturbed(state.ref_params))
+    prompt = make_prompt()
+    found, exact = [], []
+    for seed in range(24):
+        sampling = SamplingConfig(max_new_tokens=R, temperature=1.0)
+        reply = generate(state.params["policy"], prompt, jax.random.key(seed), model=MODEL, cfg=sampling)
+        _, metrics = ppo.make_rollout(state, prompt, reply, jnp.zeros(B), model=MODEL, cfg=CFG, temperature=1.0)
+        found.append([float(metrics["kl"]), float(metrics["kl_k3"])])
+        logs = [
+            jax.nn.log_softmax(
+                gpt2.head(CONFIG, p["wte"], reply_hidden(p, prompt, reply.tokens, reply.mask, model=MODEL))
+            )
+            for p in (state.params["policy"], state.ref_params)
+        ]
+        full = (jnp.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
+        exact.append(float(jnp.where(reply.mask, full, 0).sum(1).mean()))
+    k1, k3 = np.mean(found, 0)
+    assert np.mean(exact) > 0.05
+    np.testing.assert_allclose(k3, np.mean(exact), rtol=0.1)  # 384 replies; k3 has the smaller variance
+    np.testing.assert_allclose(k1, np.mean(exact), rtol=0.35)
+
+
+def test_shaped_rewards_sum_to_score_minus_beta_kl():
+    state = make_state()
+    state = state._replace(ref_params=perturbed(state.ref_params), kl_coef=jnp.float32(0.3))
+    scores = jnp.linspace(-0.7, 1.9, B)
+    _, metrics = make_rollout(state, scores=scores)
+    expected = float(scores.mean()) - 0.3 * float(metrics["kl"])
+    np.testing.assert_allclose(float(metrics["shaped_reward"]), expected, rtol=1e-5)
+
+
+def test_garbage_under_the_mask_changes_nothing():
+    state = make_state()
+    state = state._replace(ref_params=perturbed(state.ref_params))
+    rollout, _ = make_rollout(state)
+    clean, metrics = update(state, rollout)
+
+    def spoil(x):
+        return jnp.where(rollout.mask, x, jnp.asarray(13 if x.dtype == jnp.int32 else 1e3, x.dtype))
+
+    prompt = rollout.prompt._replace(tokens=jnp.where(rollout.prompt.mask, rollout.prompt.tokens, 17))
+    names = ("tokens", "old_logprobs", "old_values", "advantages", "returns")
+    spoilt = rollout._replace(prompt=prompt, **{name: spoil(getattr(rollout, name)) for name in names})
+    assert not rollout.mask.all()
+    dirty, dirty_metrics = update(state, spoilt)
+    assert_trees_close(dirty.params, clean.params, rtol=0, atol=0)
+    assert_trees_close(dirty_metrics, metrics, rtol=0, atol=0)
+
+
+def test_gradient_of_the_first_step_is_the_policy_gradient():
+    """At ratio 1 the clipped objective's gradient is that of -mean(A * logprob): a different formula, by autodiff."""
+    state = make_state()
+    rollout, _ = make_rollout(state)
+    cfg = dataclasses.replace(CFG, value_coef=0.0)
+
+    def vanilla(policy):
+        hidden = reply_hidden(policy, rollout.prompt, rollout.tokens, rollout.mask, model=MODEL)
+        logprobs, _ = reply_logprobs(policy, hidden, rollout.tokens, rollout.mask, model=MODEL, temperature=0.8)
+        return -(logprobs * rollout.advantages).sum() / rollout.mask.sum()
+
+    ours = jax.grad(
+        lambda p: ppo.ppo_loss({**state.params, "policy": p}, rollout, model=MODEL, cfg=cfg, temperature=0.8)[0]
+    )(state.params["policy"])
+    expected = jax.grad(vanilla)(state.params["policy"])
+    norm = float(optax.global_norm(expected))
+    assert norm > 1e-3
+    assert_trees_close(ours, expected, rtol=0, atol=1e-5 * norm)
+
+
+def test_clipping_stops_the_gradient_where_the_ratio_left_the_band():
+    """A hand-made rollout: old log-probs so low that every ratio is far above 1 + clip. Positive advantages then pull no
+    further, negative ones push back."""
+    state = make_state()
+    rollout, _ = make_rollout(state)
+    far = rollout._replace(old_logprobs=rollout.old_logprobs - 1.0)
+    cfg = dataclasses.replace(CFG, value_coef=0.0)
+
+    def norm(sign):
+        part = far._replace(advantages=jnp.where(far.mask, sign, 0.0))
+        grads = jax.grad(lambda p: ppo.ppo_loss(p, part, model=MODEL, cfg=cfg, temperature=0.8)[0])(state.params)
+        return float(optax.global_norm(grads))
+
+    assert norm(1.0) == 0.0
+    assert norm(-1.0) > 1e-3
+
+
+def test_update_stops_when_the_policy_has_moved_too_far():
+    state = make_state()
+    rollout, _ = make_rollout(state)
+    _, free = update(state, rollout)
+    limited = dataclasses.replace(CFG, max_update_kl=1e-7)
+    stopped, metrics = update(state, rollout, cfg=limited)
+    assert float(free["skipped"]) == 0
+    # Warm-up starts at rate 0: the first step does not move, the second does, and the third sees it and stops.
+    assert float(metrics["skipped"]) == CFG.epochs * CFG.minibatches - 2
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, stopped.params, state.params))) > 0
+
+
+def test_jitted_donated_and_sharded_equals_plain():
+    state = make_state()
+    state = state._replace(ref_params=perturbed(state.ref_params))
+    rollout, _ = make_rollout(state)
+    plain, plain_metrics = update(state, rollout)
+    program = jax.jit(
+        functools.partial(ppo.ppo_update, model=MODEL, tx=ppo.optimizer(CFG), cfg=CFG, temperature=0.8),
+        donate_argnums=0,
+    )
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(MeshConfig(data=devices))
+        placed = sharding.replicate(mesh, state), sharding.split_batch(mesh, rollout)
+        new, metrics = program(*placed, jax.random.key(5))
+        # Adam divides by the root of a second moment: where gradients vanish, rounding decides; hence the absolute part.
+        assert_trees_close(new.params, plain.params, rtol=1e-4, atol=2e-4)
+        for name in ("loss", "policy_loss", "value_loss", "update_kl", "clip_fraction"):
+            np.testing.assert_allclose(metrics[name], plain_metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))  # donation took the copies only
+
+
+def test_donated_state_is_gone_and_the_reference_is_a_copy():
+    state = make_state()
+    rollout, _ = make_rollout(state)
+    policy = state.params["policy"]["wte"]
+    program = jax.jit(functools.partial(update), donate_argnums=0)
+    new, _ = program(state, rollout)
+    assert policy.is_deleted()
+    assert not new.ref_params["wte"].is_deleted()
+    assert (
+        float(jnp.abs(new.ref_params["wte"] - new.params["policy"]["wte"]).max()) > 0
+    )  # reference stays, policy moves
+
+
+def test_adaptive_kl_coefficient_in_closed_form():
+    cfg = dataclasses.replace(CFG, kl_target=6.0, kl_horizon=1000.0)
+    adapt = functools.partial(ppo.adapt_kl_coef, jnp.float32(0.2), replies=50, cfg=cfg)
+    np.testing.assert_allclose(adapt(kl=jnp.float32(6.0)), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(
+        adapt(kl=jnp.float32(60.0)), 0.2 * (1 + 0.2 * 50 / 1000), rtol=1e-6
+    )  # error clipped at 0.2
+    np.testing.assert_allclose(adapt(kl=jnp.float32(5.4)), 0.2 * (1 - 0.1 * 50 / 1000), rtol=1e-6)
+    assert float(ppo.adapt_kl_coef(jnp.float32(0.2), jnp.float32(60.0), 50, cfg=CFG)) == np.float32(
+        0.2
+    )  # fixed without a target
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingConfig(top_k=5), SamplingConfig(top_p=0.9), SamplingConfig(temperature=0.0)]
+)
+def test_rollouts_that_cannot_be_trained_on_are_refused(sampling):
+    with pytest.raises(ConfigError, match="PPO rollouts"):
+        ppo.check(sampling)
+
+
+def test_value_head_starts_at_zero_and_learns_the_returns():
+    cfg = dataclasses.replace(CFG, value_coef=1.0, value_clip=100.0, epochs=40, learning_rate=1e-2, iterations=10)
+    state = make_state(cfg)
+    rollout, first = make_rollout(state, cfg)
+    assert float(jnp.abs(rollout.old_values).max()) == 0.0
+    frozen = rollout._replace(advantages=jnp.zeros_like(rollout.advantages))  # no pull on the policy
+    state, _ = update(state, frozen, cfg=cfg)
+    _, _, values = ppo.read(state.params, rollout.prompt, rollout.tokens, rollout.mask, model=MODEL, temperature=0.8)
+    before = float(jnp.square(rollout.returns).sum())
+    after = float(jnp.where(rollout.mask, jnp.square(values - rollout.returns), 0).sum())
+    assert after < 0.1 * before
+    assert float(first["explained_variance"]) <= 0.0
+
+
+def test_a_bandit_with_a_known_best_answer_is_solved():
+    """One-token replies; token 7 earns 1, all others 0: the whole iteration must find and prefer it."""
+    config = dataclasses.replace(CONFIG, n_embd=16, n_layer=1)
+    model = gpt2.GPT2(config)
+    cfg = PPOConfig(
+        batch_size=64, epochs=2, minibatches=2, iterations=60, learning_rate=1e-2, kl_coef=0.0, max_update_kl=None
+    )
+    tx = ppo.optimizer(cfg)
+    state = ppo.init_state(gpt2.init(config, jax.random.key(0)), config, tx, cfg)
+    prompt = Prompt(jnp.ones((64, 3), jnp.int32), jnp.ones((64, 3), bool))  # type: ignore[arg-type]
+    references = References(jnp.zeros((64, 1), jnp.int32), jnp.ones((64, 1), bool), jnp.zeros(64, jnp.int32))
+
+    def score_fn(reply: Reply, _: References):
+        hit = (reply.tokens[:, 0] == 7).astype(jnp.float32)
+        return hit, {"hit": hit}
+
+    sampling = SamplingConfig(max_new_tokens=1)
+    program = jax.jit(
+        functools.partial(ppo.ppo_iteration, model=model, tx=tx, score_fn=score_fn, sampling=sampling, cfg=cfg),
+        donate_argnums=0,
+    )
+    scores = []
+    for _ in range(cfg.iterations):
+        state, metrics = program(state, prompt, references, jax.random.key(1))
+        scores.append(float(metrics["reward/hit"]))
+    assert scores[0] < 0.15
+    assert np.mean(scores[-5:]) > 0.95
+    assert int(state.step) == cfg.iterations
