@@ -1,0 +1,198 @@
+"""The scripts as a user runs them: real processes, the real sample, real mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from therapy_jax import config
+from therapy_jax.checkpoint import flatten
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train_sft", "train_ppo", "evaluate")
+TINY = {  # the whole way in seconds: what it learns does not matter here
+    "model.n_layer": 1,
+    "model.n_embd": 32,
+    "model.n_head": 2,
+    "tokenizer.vocab_size": 600,
+    "pretrain.epochs": 0.5,
+    "sft.epochs": 0.5,
+    "sft.eval_every": 4,
+    "ppo.iterations": 4,
+    "ppo.batch_size": 8,
+    "ppo.eval_every": 2,
+    "ppo.eval_prompts": 8,
+    "sampling.max_new_tokens": 12,
+    "evaluate.limit": 12,
+}
+
+
+def command(script: str, run_dir: Path, **changes) -> list[str]:
+    overrides = {**TINY, **changes}
+    flags = [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
+    args = ["--config", "configs/quickstart.yaml", "--run_dir", str(run_dir), *flags]
+    return [sys.executable, f"scripts/{script}.py", *args]
+
+
+def run(args: list[str], **kwargs) -> subprocess.CompletedProcess:
+    env = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "200"}  # one device, as a user has
+    return subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads_and_round_trips(path, tmp_path):
+    loaded = config.load(path)
+    again = tmp_path / "config.yaml"
+    again.write_text(config.to_yaml(loaded), encoding="utf-8")
+    assert config.load(again) == loaded
+    assert loaded.run_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--sft.learning_rat", "1"], "sft.learning_rat"),  # an abbreviation must not pass for the whole name
+        (["--rewards.weights.rouge_x", "1"], "rewards.weights.rouge_x"),
+        (["--ppo.iterations", "many"], "ppo.iterations"),
+        (["--prompt.format", "everything"], "prompt.format"),
+        (["--config", "configs/missing.yaml"], "missing.yaml"),
+        (["--ppo.minibatches", "5"], "ppo.minibatches"),
+        (["--prompt.format", "utterance", "--prompt.emotion", "inferred"], "prompt.emotion"),
+        (["--model.n_head", "3"], "model.n_head"),
+        (["--prompt.max_tokens", "5000"], "n_positions"),
+    ],
+)
+def test_a_mistake_is_named_and_exits_with_2(args, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(args)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert named in message and "Traceback" not in message
+    assert len(message.splitlines()) <= 6, message
+
+
+@pytest.mark.parametrize("text", ["rewards: {weights: {rouge_x: 1.0}}", "sft: {learning_rat: 1.0}", "ppo: {clip: big}"])
+def test_a_mistake_in_the_file_is_named(text, tmp_path, capsys):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        config.parse(["--config", str(path)])
+    assert stop.value.code == 2
+    assert text.split("{")[-1].split(":")[0] in capsys.readouterr().err
+
+
+def test_help_needs_no_jax():
+    code = "import sys; sys.argv = ['x', '--help']\nfrom therapy_jax import config\n"
+    code += "try: config.parse()\nexcept SystemExit: pass\nassert 'jax' not in sys.modules\n"
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert "Peak of the schedule" in done.stdout  # each knob is explained
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "named"),
+    [
+        ("train_ppo", {}, "sft model"),
+        ("evaluate", {}, "base model"),
+        ("train_ppo", {"sampling.top_k": 5}, "top_k"),
+        ("train_sft", {"data.path": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ("train_sft", {"model.name": "nobody/no-such-model"}, "nobody/no-such-model"),
+        ("train_sft", {"mesh.data": 64}, "mesh.data"),
+    ],
+)
+def test_a_mistake_that_shows_later_is_one_sentence_too(script, changes, named, tmp_path):
+    done = run(command(script, tmp_path / "run", **changes))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert named in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One run of all scripts, end to end."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for script in SCRIPTS:
+        done = run(command(script, folder))
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_way_leaves_what_design_promises(finished):
+    for stage in ("base", "sft", "ppo"):
+        assert (finished / stage / "model" / "model.safetensors").is_file()
+        assert (finished / stage / "model" / "tokenizer.json").is_file()
+        assert list((finished / stage / "checkpoints").iterdir())
+    assert (finished / "ppo" / "model" / "value_head.safetensors").is_file()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert len({(line["stage"], line["step"]) for line in lines}) == len(lines)
+    last = lines[-1]
+    assert last["stage"] == "ppo" and last["step"] == 4
+    weights = flatten({"rewards": config.load(finished / "config.yaml").rewards.__dict__["weights"].__dict__})
+    total = sum(weight * last[name.replace("rewards.", "reward/")] for name, weight in weights.items())
+    assert last["score"] == pytest.approx(total, rel=1e-4, abs=1e-5)  # the log holds six digits
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["systems"]) == {"base", "sft", "ppo", "constant", "retrieval", "random"}
+    assert results["data"]["n"] == 12 and len(results["data"]["sha256"]) == 64
+    wanted = {"reward", "bleu", "rouge1", "rouge2", "rougeL", "distinct1", "distinct2", "commonest_share", "perplexity"}
+    for name, row in results["systems"].items():
+        assert wanted <= set(row), name
+    assert results["systems"]["constant"]["commonest_share"] == 1.0
+    config.load(finished / "config.yaml")
+
+
+@pytest.mark.slow
+def test_our_models_load_in_torch(finished):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    for stage in ("base", "sft", "ppo"):
+        _, info = transformers.GPT2LMHeadModel.from_pretrained(finished / stage / "model", output_loading_info=True)
+        assert not any(info.values()), info
+
+
+@pytest.mark.slow
+def test_a_finished_run_started_again_changes_nothing(finished):
+    before = {p: p.read_bytes() for p in finished.rglob("*.safetensors")}
+    log = (finished / "metrics.jsonl").read_bytes()
+    for script in SCRIPTS[:2]:
+        done = run(command(script, finished))
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert {p: p.read_bytes() for p in finished.rglob("*.safetensors")} == before
+    assert (finished / "metrics.jsonl").read_bytes() == log
+
+
+@pytest.mark.slow
+def test_another_config_in_the_same_folder_is_refused(finished):
+    done = run(command("train_ppo", finished, **{"ppo.kl_coef": 0.5}))
+    assert done.returncode == 2
+    assert "ppo.kl_coef was 0.02, now 0.5" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_ppo_killed_and_started_again_ends_where_it_would_have(finished, tmp_path):
+    """SIGKILL after the first checkpoint, then the same command: the same policy, bit for bit, and the same log."""
+    other = tmp_path / "other"
+    (other / "sft").mkdir(parents=True)
+    (other / "sft" / "model").symlink_to(finished / "sft" / "model")
+    args = command("train_ppo", other)
+    process = subprocess.Popen(args, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (other / "ppo" / "checkpoints" / "2").is_dir():
+        time.sleep(0.05)  # polls a process that ends by itself
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from iteration" in done.stdout
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (other / "ppo" / "model" / name).read_bytes() == (finished / "ppo" / "model" / name).read_bytes()
+
+    def log(folder: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if line["stage"] == "ppo"]
+
+    assert log(other) == log(finished)
+    assert (other / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
