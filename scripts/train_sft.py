@@ -199,6 +199,7 @@ def fit(
                         manager, finished, state, belongs_to, {"validation_loss": metrics["validation_loss"]}
                     )
                 run.log(folder, stage, finished, metrics, began)
+                run.release_freed_memory()
                 advance(finished, **{k: float(v) for k, v in metrics.items() if "loss" in k})
 
     best = manager.best_step()

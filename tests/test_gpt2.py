@@ -115,7 +115,7 @@ def test_logits_and_gradients_are_torchs(name, tmp_path):
 
 
 def test_causal_by_gradients(small):
-    """Row p of wpe enters at position p alone, so d(output t)/d(wpe[p]) is exactly 0 for p > t, and not 0 for p <= t."""
+    """Row p of wpe enters at position p alone, so d(output t)/d(wpe[p]) is exactly 0 for p > t, and only there."""
     config, params = small
     tokens = tokens_of(1, 12)
     weigh = np.random.default_rng(1).normal(size=config.vocab_size)
@@ -181,7 +181,7 @@ def test_bfloat16_stays_near_float32(small):
     tokens, mask = tokens_of(2, 12), padded(12, 0, 4)
     exact = np.asarray(apply(config, params, tokens, mask))[mask]
     rough = np.asarray(apply(dataclasses.replace(config, compute_dtype="bfloat16"), params, tokens, mask))[mask]
-    # bfloat16 keeps 8 bits, 0.4 % a rounding; about ten roundings on the way to a logit add up to 2 % of the spread at most.
+    # bfloat16 keeps 8 bits, 0.4 % a rounding; some ten of them on the way to a logit: at most 2 % of the spread.
     error = np.sqrt(np.square(rough - exact).mean()) / exact.std()
     assert rough.dtype == np.float32 and 1e-4 < error < 0.02
     assert (
@@ -207,7 +207,7 @@ def test_dropout_only_with_a_key(small):
 
 
 def test_new_model(small):
-    """Section 2.3 of the paper: N(0, 0.02), residual projections smaller by 1/sqrt(2L); about log V nats at the start."""
+    """Section 2.3 of the paper: N(0, 0.02), residual projections smaller by 1/sqrt(2L); log V nats at the start."""
     config = dataclasses.replace(small[0], n_layer=4)
     params = gpt2.init(config, jax.random.key(0))
     shapes = jax.tree.map(np.shape, params)

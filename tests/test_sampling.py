@@ -166,7 +166,7 @@ def test_draw_follows_the_distribution():
     p /= p.sum()
     n = 20_000
     draw = jax.jit(lambda uniform: sampling.draw(jnp.broadcast_to(jnp.asarray(logits), (n, 384)), uniform))
-    # An even grid of uniforms gives each token its share to the nearest draw or two; rounding may move a border by one more.
+    # An even grid of uniforms gives each token its share to a draw or two; rounding may move a border by one.
     grid = np.bincount(draw(jnp.asarray((np.arange(n) + 0.5) / n, jnp.float32)), minlength=384)
     assert np.abs(grid - n * p).max() <= 2.5
     random = np.bincount(draw(jax.random.uniform(jax.random.key(0), (n,))), minlength=384)
@@ -182,7 +182,7 @@ _draw = jax.jit(sampling.draw)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3, 0.97]), st.sampled_from([0.1, 2.0, 20.0]))
 def test_draw_never_picks_weight_zero(seed, alive, spread):
-    """Not at 0, not just below 1, and not on the borders between tokens, where float sums disagree in their last bit."""
+    """Not at 0, not just below 1, and not on the borders between tokens, where float sums differ in the last bit."""
     random = np.random.default_rng(seed)
     logits = np.where(random.random((256, 640)) < alive, random.normal(0, spread, (256, 640)), LOWEST).astype(
         np.float32

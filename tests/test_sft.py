@@ -1,4 +1,4 @@
-"""The supervised step against torch's AdamW, and its laws: what counts in the loss, what accumulation may not change."""
+"""The supervised step against torch's AdamW, and its laws: what counts in the loss, what accumulation must keep."""
 
 import functools
 
@@ -177,7 +177,7 @@ def test_ten_steps_are_torchs(tmp_path):
         norms.append(torch.nn.utils.clip_grad_norm_(oracle.parameters(), cfg.max_grad_norm).item())
         adamw.step()
         scheduler.step()
-        # Rounding grows from step to step through Adam's division; a wrong epsilon, decay or rate is past 1e-3 by step 10.
+        # Rounding grows from step to step through Adam's division; a wrong epsilon or decay is past 1e-3 by step 10.
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-3), f"step {i}"
         assert metrics["grad_norm"] == pytest.approx(norms[-1], rel=1e-2), f"step {i}"
     assert min(norms) < cfg.max_grad_norm < max(norms)  # clipping acted in some steps, not in all
@@ -185,7 +185,7 @@ def test_ten_steps_are_torchs(tmp_path):
 
     oracle.save_pretrained(tmp_path / "end")
     _, end = weights.load_pretrained(tmp_path / "end")
-    # A key bias has gradient 0 but for rounding, and Adam makes a full step of any rounding. It changes no output: left out.
+    # A key bias has gradient 0 but for rounding, and Adam makes a full step of that. It changes no output: left out.
     ours, theirs, before = (
         {
             **t,

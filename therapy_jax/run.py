@@ -94,6 +94,14 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def release_freed_memory() -> None:
+    """Hand back what malloc has kept so far. Batches of many lengths leave holes that the next one does not fit into, and
+    memory would grow without end; called now and then, this keeps it near the peak of a single step."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def read_data(data: DataConfig, seed: int) -> dict[str, list[Dialogue]]:
     """The conversations of a data set, and on the screen what cleaning changed and which rows were left out."""
     report = Report()
