@@ -36,6 +36,7 @@ SMALL = CONFIGS["n_inner set, vocabulary not"]
 
 def torch_model(sizes):
     """All weights moved at random, biases and layer norms too: a zero or a one would hide whether it is read at all."""
+    torch.set_num_threads(1)  # tiny matrices: a second thread only waits, for minutes where cores are busy
     torch.manual_seed(0)
     off = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **off, bos_token_id=0, eos_token_id=0)).eval()

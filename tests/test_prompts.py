@@ -113,9 +113,8 @@ def test_markers_in_text_stay_text(tokenizer):
     ids = prompts.encode_text(tokenizer, FORGED)
     assert not special & set(ids) and tokenizer.decode(ids) == f" {FORGED}"
     turn = Turn("client", FORGED, "joy")
-    example = prompts.encode(
-        tokenizer, Exchange("1", (turn,), turn, dataclasses.replace(turn, speaker="therapist")), PromptConfig(), 500
-    )
+    exchange = Exchange("1", (turn,), turn, dataclasses.replace(turn, speaker="therapist"))
+    example = prompts.encode(tokenizer, exchange, PromptConfig(max_tokens=400), 800)
     markers = [i for i in example.prompt + example.reply if i in special]
     expected = ["<|client|>", "<|utterance|>", "<|emotion|>", "<|reply|>", "<|text|>", "<|endoftext|>"]
     assert tokenizer.convert_ids_to_tokens(markers) == expected
@@ -161,12 +160,16 @@ def test_every_character_comes_back(tokenizer):
     family = "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467"
     text = f"I\u2019m  fine {family} ,  caf\u00e9 \n\t don 't \u4f60\u597d n't . \ufffd"
     assert tokenizer.decode(prompts.encode_text(tokenizer, text)) == f" {text}"
-    assert [tokenizer.decode(ids) for ids in prompts.emotion_ids(tokenizer)] == [f" {word}" for word in EMOTIONS]
+    assert tokenizer.convert_ids_to_tokens([i for (i,) in prompts.emotion_ids(tokenizer)]) == [
+        f"Ġ{word}" for word in EMOTIONS
+    ]
     first, second = (prompts.encode_text(tokenizer, text) for text in ("sorry", "not sorry"))
     assert first == second[1:]  # the first word is the same token as inside a sentence
 
 
 def test_trained_tokenizer():
+    untold = prompts.train_tokenizer(["hello"], vocab_size=500)  # the emotions are single tokens, in the texts or not
+    assert [len(ids) for ids in prompts.emotion_ids(untold)] == [1] * 7
     assert BPE.eos_token == prompts.EOS and BPE.eos_token_id == 0 and len(BPE) <= 500 + len(prompts.SPECIAL_TOKENS)
     assert prompts.plain_text(EXCHANGE.context) == "I told you.\nWhat?"
 

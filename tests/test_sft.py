@@ -139,6 +139,7 @@ def test_decay_spares_biases_and_layer_norms(params):
 
 def test_ten_steps_are_torchs(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # tiny matrices: a second thread only waits, for minutes where cores are busy
     torch.manual_seed(0)
     sizes = {"vocab_size": 130, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2}
     off = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)

@@ -22,6 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 150, (2, 16)).astype(np.int32)
 def written(tmp_path_factory):
     """A folder that torch wrote, and torch's logits; all weights are random, so that none can be swapped unseen."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # tiny matrices: a second thread only waits, for minutes where cores are busy
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, bos_token_id=0, eos_token_id=7)).eval()
     with torch.no_grad():

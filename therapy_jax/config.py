@@ -210,8 +210,9 @@ class PPOConfig:
     """Replies over which the adaptive beta reacts."""
     gamma: float = 1.0
     """Discount per token."""
-    lam: float = 0.95
-    """lambda of generalised advantage estimation."""
+    lam: float = 1.0
+    """lambda of generalised advantage estimation; 1 = the whole reward to go. Below 1 an unlearnt critic credits the last
+    tokens of a reply most, and short runs learn to stop early instead of to answer well."""
     clip: float = 0.2
     """Ratio clip epsilon of the policy loss."""
     value_clip: float = 0.2

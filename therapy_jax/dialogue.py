@@ -372,6 +372,7 @@ def _assign_splits(
 
 # Clean-up.
 
+
 def _join(utterances: Iterable[Turn]) -> tuple[Turn, ...]:
     groups = [list(group) for _, group in groupby(utterances, key=lambda turn: turn.speaker)]
     return tuple(replace(group[-1], text=" ".join(turn.text for turn in group)) for group in groups)

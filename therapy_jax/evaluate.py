@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
 from jax.sharding import Mesh
 from rich.table import Table
 
@@ -200,43 +201,44 @@ def perplexity_of(losses: np.ndarray, tokens: np.ndarray) -> float:
     return math.exp(losses.sum() / tokens.sum())
 
 
-COLUMNS = {
+ROWS = {  # results.json -> what the table calls it
     "reward": "reward",
     "bleu": "BLEU",
-    "rouge1": "R-1",
-    "rouge2": "R-2",
-    "rougeL": "R-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
     "meteor": "METEOR",
-    "meteor_exact_stem": "METEOR-es",
+    "meteor_exact_stem": "METEOR (ex., stem)",
     "emotion_stated_accuracy": "emotion acc.",
     "emotion_stated_macro_f1": "emotion F1",
-    "distinct2": "dist-2",
+    "distinct1": "Distinct-1",
+    "distinct2": "Distinct-2",
     "commonest_share": "commonest",
-    "perplexity": "ppl",
+    "perplexity": "perplexity",
     "reply_words": "words",
     "stop_rate": "stops",
 }
 
 
 def table(results: dict[str, Any]) -> Table:
-    """results.json as a table for the screen, the paper's figures and the always-majority answer in it."""
-    data = results["data"]
-    columns = {k: v for k, v in COLUMNS.items() if any(k in r for r in results["systems"].values())}
-    out = Table(title=f"{data['name']}, {data['split']} split, {data['n']} exchanges", title_justify="left")
-    for name in ("", *columns.values()):
-        out.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, values in results["systems"].items():
-        cells = [values.get(key) for key in columns]
-        out.add_row(
-            name,
-            *(
-                "" if v is None else f"{v:.1f}" if key in ("perplexity", "reply_words") else f"{v:.4f}"
-                for key, v in zip(columns, cells, strict=True)
-            ),
-        )
-    out.add_section()
-    paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]}
-    out.add_row("paper (MESC)", *(f"{paper[key]:.4f}" if key in paper else "" for key in columns))
-    majority = {"emotion_stated_accuracy": results["emotion_majority_accuracy"]}
-    out.add_row("always majority", *(f"{majority[key]:.4f}" if key in majority else "" for key in columns))
+    """results.json for the screen: a row a metric, a column a system, the paper's figures last."""
+    data, systems = results["data"], results["systems"]
+    majority = results["emotion_majority_accuracy"]
+    out = Table(
+        title=f"{data['name']}, {data['split']} split, {data['n']} exchanges",
+        caption=f"emotion accuracy of always answering the majority: {majority:.4f}; stated emotions only",
+        title_justify="left",
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    out.add_column("", no_wrap=True)
+    for name in (*systems, "paper"):
+        out.add_column(name, justify="right", no_wrap=True)
+    paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]} if data["name"] == "mesc" else {}
+    for key, label in ROWS.items():
+        if any(key in values for values in systems.values()):
+            digits = 1 if key in ("perplexity", "reply_words") else 4
+            cells = [values.get(key) for values in (*systems.values(), paper)]
+            out.add_row(label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells))
     return out

@@ -16,6 +16,7 @@ Text can never forge a marker: it is encoded with special tokens switched off. M
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,7 +63,10 @@ def load_tokenizer(folder_or_hub_id: str | os.PathLike) -> Any:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE like GPT-2's (Radford et al. 2019, section 2.2), trained on these texts; EOS is token 0."""
+    """A byte-level BPE like GPT-2's (Radford et al. 2019, section 2.2), trained on these texts; EOS is token 0.
+
+    The emotion words are repeated often enough to become single tokens, which they are in GPT-2's own vocabulary.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(itertools.chain(texts, [" " + " ".join(EMOTIONS)] * 1000), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS, clean_up_tokenization_spaces=False
     )
