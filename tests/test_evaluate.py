@@ -1,0 +1,116 @@
+"""Evaluation: answers do not depend on their batch, scores are what the formulas say, the table holds what it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from therapy_jax import dialogue, evaluate, gpt2, prompts, sharding
+from therapy_jax.config import MeshConfig, PromptConfig, RewardWeights, SamplingConfig
+from therapy_jax.dialogue import EMOTIONS
+from therapy_jax.rewards.words import make_vocabulary
+
+PROMPT = PromptConfig(max_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return dialogue.read(None, "jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+    made = prompts.train_tokenizer([e.client.text + e.therapist.text for e in data["train"]], 700)
+    prompts.add_special_tokens(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return gpt2.GPT2(gpt2.GPT2Config(len(tokenizer), 160, 32, 1, 2, eos_token_id=tokenizer.eos_token_id))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return jax.tree.map(lambda x: 4 * x, gpt2.init(model.config, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def rows(data, tokenizer):
+    return [prompts.encode_prompt(tokenizer, e.context, e.client, PROMPT)[0] for e in data["test"][:13]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_depend_on_its_batch_or_on_the_mesh(rows, model, params, temperature):
+    cfg = SamplingConfig(max_new_tokens=8, temperature=temperature)
+
+    def answers(rows, batch_size, devices):
+        mesh = sharding.make_mesh(MeshConfig(devices))
+        key = jax.random.key(3)
+        return evaluate.answer(params, rows, key, model=model, cfg=cfg, batch_size=batch_size, mesh=mesh)
+
+    together = answers(rows, 8, 1)
+    assert len(together) == len(rows) and all(0 < len(reply) <= 8 for reply in together)
+    assert answers(rows, 8, 8) == together
+    assert answers(rows, 5, 1) == together
+    assert answers(rows[:1], 1, 1) == together[:1]
+
+
+def test_every_row_is_in_a_batch_and_fits(rows):
+    parts = evaluate.chunks(rows, 4, room=10, n_positions=160)
+    assert sorted({i for part, _ in parts for i in part}) == list(range(len(rows)))
+    assert all(len(part) == 4 and max(len(rows[i]) for i in part) <= length <= 150 for part, length in parts)
+
+
+def test_perplexity_and_emotion_reading_equal_the_full_distribution(rows, data, tokenizer, model, params):
+    mesh = sharding.make_mesh(MeshConfig(1))
+    examples = [prompts.encode(tokenizer, e, PROMPT, 160) for e in data["test"][:13]]
+
+    def logprob(prompt, reply):  # one sequence, no padding, plain log-softmax
+        ids = jnp.asarray([prompt + reply])
+        logits = gpt2.GPT2(model.config).apply({"params": params}, ids, jnp.ones(ids.shape, bool))
+        logs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits))[0])
+        return sum(logs[len(prompt) + i - 1, token] for i, token in enumerate(reply))
+
+    losses, counts = evaluate.losses_of(params, examples, model=model, batch_size=4, mesh=mesh)
+    expected = [-logprob(e.prompt, e.reply) for e in examples]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert counts.tolist() == [len(e.reply) for e in examples]
+    mean = sum(expected) / sum(len(e.reply) for e in examples)
+    assert evaluate.perplexity_of(losses, counts) == pytest.approx(np.exp(mean), rel=1e-4)
+
+    words = prompts.emotion_ids(tokenizer)
+    likeliest = [EMOTIONS[int(np.argmax([logprob(row, word) for word in words]))] for row in rows]
+    assert evaluate.read_emotions(params, rows, tokenizer, model=model, batch_size=16, mesh=mesh) == likeliest
+
+
+def score(turns, exchanges, tokenizer):
+    refs = evaluate.references(exchanges, tokenizer)
+    vocabulary = make_vocabulary(tokenizer, len(tokenizer))
+    return evaluate.of_turns(turns, exchanges, refs, tokenizer, vocabulary, RewardWeights(), PROMPT)
+
+
+def test_the_therapists_own_replies_score_full_marks(data, tokenizer):
+    exchanges = data["test"][:20]
+    system = score([e.therapist for e in exchanges], exchanges, tokenizer)
+    row = evaluate.row(system, exchanges)
+    assert system.terms["rouge_l"] == system.terms["emotion_stated"] == system.terms["ending"] == pytest.approx(1.0)
+    assert row["rouge1"] == row["rougeL"] == row["emotion_stated_accuracy"] == row["stop_rate"] == pytest.approx(1.0)
+    weights = RewardWeights()
+    assert system.reward == pytest.approx(weights.rouge_l + weights.emotion_stated + weights.ending, abs=0.02)
+
+
+def test_a_constant_wins_no_diversity_and_stands_in_the_table(data, tokenizer):
+    exchanges = data["test"][:20]
+    constant, chosen = evaluate.constants(data["train"][:80], exchanges, lambda t: score(t, exchanges, tokenizer), 0)
+    assert constant["commonest_share"] == 1.0 and {"bleu", "rouge1", "rougeL"} <= set(chosen)
+    results = {
+        "data": {"name": "mesc", "split": "test", "n": 20},
+        "systems": {"base": {"reward": -0.5, "perplexity": 33.3}, "constant": constant},
+        "emotion_majority_accuracy": 0.99,
+    }
+    console = Console(width=80, record=True)
+    console.print(evaluate.table(results))
+    text = console.export_text()
+    assert "33.3" in text and "0.9934" in text and "0.9900" in text and "…" not in text
