@@ -147,7 +147,8 @@ def test_what_is_written_is_read_back(text, client, therapist, inferred):
         (" joyful<|text|> I<|endoftext|>", (None, None, "I", True)),  # no emotion of ours
         (" joy<|text|> I<|text|> told<|endoftext|>", (None, "joy", "I told", True)),
         (" joy<|text|><|text|><|client|><|endoftext|>", (None, "joy", "", True)),
-        (" fear<|reply|> I told<|endoftext|>", ("fear", None, "I told", True)),
+        (" fear<|reply|> I told<|endoftext|>", (None, None, "fear I told", True)),  # no <|text|>: all of it is text
+        (" joy<|text|> I<|reply|> told<|endoftext|>", (None, "joy", "I told", True)),  # <|reply|> too late
         ("<|reply|><|text|><|endoftext|>", (None, None, "", True)),
         (" fear<|reply|> joy<|text|> I", ("fear", "joy", "I", False)),
     ],

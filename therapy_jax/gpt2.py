@@ -164,8 +164,9 @@ class GPT2(nn.Module):
         c = self.config
         before = 0 if cache is None else cache.mask.sum(-1, keepdims=True)
         positions = jnp.clip(before + jnp.cumsum(attention_mask, -1) - 1, 0, c.n_positions - 1)
-        key = self.make_rng("dropout") if self.has_rng("dropout") and c.dropout > 0 else None
-        x_BTD = dropout(self.wte[tokens] + self.wpe[positions], c.dropout, key)
+        noisy = self.has_rng("dropout") and c.dropout > 0
+        embedding_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
+        x_BTD = dropout(self.wte[tokens] + self.wpe[positions], c.dropout, embedding_key)
 
         length = tokens.shape[1]
         start = jnp.int32(0) if cache is None else cache.index

@@ -180,7 +180,7 @@ def ppo_update(
         updates, new_opt_state = tx.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates), new_opt_state
         params, opt_state = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), (params, opt_state), new)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "skipped": stopped.astype(jnp.float32)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "skipped": stopped.astype(jnp.float32)}
         return (params, opt_state, stopped), metrics
 
     def epoch(carry, epoch_key):

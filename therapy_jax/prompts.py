@@ -168,13 +168,13 @@ def parse_reply(tokenizer: Any, ids: Sequence[int]) -> ParsedReply:
     if ended:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     client_ids: list[int] = []
-    if marker["<|reply|>"] in ids:
-        border = ids.index(marker["<|reply|>"])
-        client_ids, ids = ids[:border], ids[border + 1 :]
     stated: list[int] = []
     if marker["<|text|>"] in ids:
         border = ids.index(marker["<|text|>"])
         stated, ids = ids[:border], ids[border + 1 :]
+        if marker["<|reply|>"] in stated:
+            border = stated.index(marker["<|reply|>"])
+            client_ids, stated = stated[:border], stated[border + 1 :]
 
     def read(part: list[int]) -> str:
         return tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

@@ -104,5 +104,5 @@ def sft_step(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
     return TrainState(params, opt_state, state.step + 1), metrics

@@ -111,7 +111,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsError(f"{index}: not a valid index of safetensors shards ({error})") from error
     else:
         pickled = [p.name for p in folder.glob("*.bin")]
         why = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
