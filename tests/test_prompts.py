@@ -12,7 +12,7 @@ from therapy_jax import gpt2, prompts, weights
 from therapy_jax.config import PromptConfig
 from therapy_jax.dialogue import EMOTIONS, DataError, Exchange, Turn
 
-LINES = ["I told you.", "What?", "That you'd be sorry.", "I'm not sorry at all.", *EMOTIONS]
+LINES = ["I asked him.", "When?", "And he'd be late.", "You're not late at all.", *EMOTIONS]
 
 
 def trained():
@@ -39,13 +39,13 @@ def tokenizer(request):
 
 EXCHANGE = Exchange(
     "1",
-    (Turn("client", "I told you.", "anger"), Turn("therapist", "What?", "neutral")),
-    Turn("client", "That you'd be sorry.", "sadness"),
-    Turn("therapist", "I'm not sorry at all.", "neutral"),
+    (Turn("client", "I asked him.", "anger"), Turn("therapist", "When?", "neutral")),
+    Turn("client", "And he'd be late.", "sadness"),
+    Turn("therapist", "You're not late at all.", "neutral"),
 )
-CONTEXT = ["<|client|>", "ĠI", "Ġtold", "Ġyou", ".", "<|therapist|>", "ĠWhat", "?"]
-UTTERANCE = ["<|utterance|>", "ĠThat", "Ġyou", "'d", "Ġbe", "Ġsorry", "."]
-REPLY = ["Ġneutral", "<|text|>", "ĠI", "'m", "Ġnot", "Ġsorry", "Ġat", "Ġall", ".", "<|endoftext|>"]
+CONTEXT = ["<|client|>", "ĠI", "Ġasked", "Ġhim", ".", "<|therapist|>", "ĠWhen", "?"]
+UTTERANCE = ["<|utterance|>", "ĠAnd", "Ġhe", "'d", "Ġbe", "Ġlate", "."]
+REPLY = ["Ġneutral", "<|text|>", "ĠYou", "'re", "Ġnot", "Ġlate", "Ġat", "Ġall", ".", "<|endoftext|>"]
 FORMATS = {
     ("utterance", "given"): ([*UTTERANCE, "<|reply|>"], REPLY),
     ("context", "given"): ([*CONTEXT, *UTTERANCE, "<|reply|>"], REPLY),
@@ -86,7 +86,7 @@ def test_too_long_is_an_error():
         prompts.encode(BPE, EXCHANGE, config, size - 1)
 
 
-words = st.lists(st.sampled_from(["I", "told", "you", "sorry", "Ω"]), min_size=1, max_size=6).map(" ".join)
+words = st.lists(st.sampled_from(["I", "asked", "him", "late", "Ω"]), min_size=1, max_size=6).map(" ".join)
 turns = st.lists(st.builds(Turn, st.sampled_from(["client", "therapist"]), words), max_size=6)
 
 
@@ -141,14 +141,14 @@ def test_what_is_written_is_read_back(text, client, therapist, inferred):
     [
         ("", (None, None, "", False)),
         ("<|endoftext|>", (None, None, "", True)),
-        (" I told you.", (None, None, "I told you.", False)),  # the base model knows no markers
+        (" I asked him.", (None, None, "I asked him.", False)),  # the base model knows no markers
         (" joy<|endoftext|> sadness<|text|> I<|endoftext|>", (None, None, "joy", True)),  # nothing counts after EOS
         ("<|text|> I<|endoftext|>", (None, None, "I", True)),
         (" joyful<|text|> I<|endoftext|>", (None, None, "I", True)),  # no emotion of ours
-        (" joy<|text|> I<|text|> told<|endoftext|>", (None, "joy", "I told", True)),
+        (" joy<|text|> I<|text|> asked<|endoftext|>", (None, "joy", "I asked", True)),
         (" joy<|text|><|text|><|client|><|endoftext|>", (None, "joy", "", True)),
-        (" fear<|reply|> I told<|endoftext|>", (None, None, "fear I told", True)),  # no <|text|>: all of it is text
-        (" joy<|text|> I<|reply|> told<|endoftext|>", (None, "joy", "I told", True)),  # <|reply|> too late
+        (" fear<|reply|> I asked<|endoftext|>", (None, None, "fear I asked", True)),  # no <|text|>: all of it is text
+        (" joy<|text|> I<|reply|> asked<|endoftext|>", (None, "joy", "I asked", True)),  # <|reply|> too late
         ("<|reply|><|text|><|endoftext|>", (None, None, "", True)),
         (" fear<|reply|> joy<|text|> I", ("fear", "joy", "I", False)),
     ],
@@ -164,7 +164,7 @@ def test_every_character_comes_back(tokenizer):
     assert tokenizer.convert_ids_to_tokens([i for (i,) in prompts.emotion_ids(tokenizer)]) == [
         f"Ġ{word}" for word in EMOTIONS
     ]
-    first, second = (prompts.encode_text(tokenizer, text) for text in ("sorry", "not sorry"))
+    first, second = (prompts.encode_text(tokenizer, text) for text in ("late", "not late"))
     assert first == second[1:]  # the first word is the same token as inside a sentence
 
 
@@ -172,7 +172,7 @@ def test_trained_tokenizer():
     untold = prompts.train_tokenizer(["hello"], vocab_size=500)  # the emotions are single tokens, in the texts or not
     assert [len(ids) for ids in prompts.emotion_ids(untold)] == [1] * 7
     assert BPE.eos_token == prompts.EOS and BPE.eos_token_id == 0 and len(BPE) <= 500 + len(prompts.SPECIAL_TOKENS)
-    assert prompts.plain_text(EXCHANGE.context) == "I told you.\nWhat?"
+    assert prompts.plain_text(EXCHANGE.context) == "I asked him.\nWhen?"
 
 
 def test_saved_with_the_model(tokenizer, tmp_path):
@@ -189,7 +189,7 @@ def test_saved_with_the_model(tokenizer, tmp_path):
     example = prompts.encode(tokenizer, EXCHANGE, PromptConfig(), 200)
     assert prompts.encode(again, EXCHANGE, PromptConfig(), 200) == example
     assert prompts.encode_text(again, FORGED) == prompts.encode_text(tokenizer, FORGED)
-    assert prompts.parse_reply(again, example.reply) == (None, "neutral", "I'm not sorry at all.", True)
+    assert prompts.parse_reply(again, example.reply) == (None, "neutral", "You're not late at all.", True)
 
 
 def test_no_tokenizer(tmp_path):

@@ -1,11 +1,11 @@
 """An exchange -> tokens. The restructured input of the paper (section 3): context + emotional state + client utterance.
 
-    <|client|> I told you. <|therapist|> Told me what? <|utterance|> That you'd be sorry. <|emotion|> sadness <|reply|>
-    └────────── context: whole earlier turns ────────┘ └─ the client, now ─────────────┘ └─ annotated ─┘
+    <|client|> She left. <|therapist|> When was that? <|utterance|> On Sunday, by text. <|emotion|> sadness <|reply|>
+    └────────── context: whole earlier turns ───────┘ └─ the client, now ──────────────┘ └─ annotated ──┘
 
 and the structured reply that the model learns to write:
 
-     neutral<|text|> I'm not sorry at all.<|endoftext|>
+     sadness<|text|> That sounds abrupt, and lonely.<|endoftext|>
 
 Formats leave parts out: `utterance` has neither context nor emotion, `context` no emotion, `emotion` no context. With
 `emotion: inferred` the sequence is the same, only the border moves: the prompt stops after <|emotion|>, and the model
