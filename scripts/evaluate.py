@@ -31,7 +31,7 @@ def main(config: Config) -> None:
     if not chosen:
         raise ConfigError(f"the {cfg.split} split is empty; choose another with --evaluate.split")
     gold = [e.therapist.emotion for e in chosen]
-    decoding = SamplingConfig(config.sampling.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
+    decoding = run.decoding(config)
 
     systems: dict[str, dict] = {}
     samples: dict[str, evaluate.System] = {}

@@ -1,7 +1,7 @@
 """PPO: run_dir/sft/model -> run_dir/ppo/model, the policy improved against the multi-component reward.
 
-Every eval_every iterations the same validation prompts are answered greedily; the policy with the best mean total reward
-there is the one that is kept. Stopped and started again, it goes on from its last checkpoint.
+Every eval_every iterations the same validation prompts are answered, decoded as in the evaluation (greedily by default);
+the policy with the best mean total reward there is the one that is kept. Stopped and started again, it goes on from its last checkpoint.
 """
 
 import dataclasses
@@ -64,13 +64,13 @@ def main(config: Config) -> None:
     eval_exchanges = [data["validation"][i] for i in held_out]
     eval_rows = [encoded["validation"][i] for i in held_out]
     eval_references = evaluate.references(eval_exchanges, tokenizer)
-    greedy = dataclasses.replace(config.sampling, temperature=0.0)
+    decoding = run.decoding(config)
 
     def evaluate_policy(policy, iteration: int) -> dict[str, float]:
-        """Greedy replies to the fixed prompts: reward, and metrics that are not in it."""
+        """Replies to the fixed prompts, decoded as evaluate.py will: reward, and metrics that are not in it."""
         size = config.ppo.batch_size
         replies = evaluate.answer(
-            policy, eval_rows, jax.random.key(0), model=model, cfg=greedy, batch_size=size, mesh=mesh
+            policy, eval_rows, jax.random.key(0), model=model, cfg=decoding, batch_size=size, mesh=mesh
         )
         system = evaluate.of_replies(replies, eval_references, tokenizer, vocabulary, config.rewards.weights)
         run.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], eval_exchanges[:SAMPLES])

@@ -169,7 +169,7 @@ def test_a_finished_run_started_again_changes_nothing(finished):
 def test_another_config_in_the_same_folder_is_refused(finished):
     done = run(command("train_ppo", finished, **{"ppo.kl_coef": 0.5}))
     assert done.returncode == 2
-    assert "ppo.kl_coef was 0.02, now 0.5" in " ".join(done.stdout.split())
+    assert "ppo.kl_coef was 0.01, now 0.5" in " ".join(done.stdout.split())
 
 
 @pytest.mark.slow

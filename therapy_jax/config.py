@@ -228,7 +228,7 @@ class PPOConfig:
     value_head: Literal["shared"] = "shared"
     """Where the critic reads: `shared` = a linear head on the policy's own last hidden state."""
     eval_every: int = 10
-    """Iterations between two greedy evaluations on the same validation prompts, each with a checkpoint."""
+    """Iterations between two evaluations on the same validation prompts, each with a checkpoint."""
     eval_prompts: int = 64
     """Validation prompts per evaluation."""
 
@@ -268,7 +268,7 @@ class EvaluateConfig:
     batch_size: int = 32
     """Prompts answered at once."""
     temperature: float = 0.0
-    """Decoding of every system; 0 = greedy."""
+    """Decoding of every system, here and in the validation during PPO; 0 = greedy."""
     top_k: int = 0
     """As in sampling."""
     top_p: float = 1.0

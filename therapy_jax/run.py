@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from therapy_jax import config as config_module
-from therapy_jax.config import Config, ConfigError, DataConfig
+from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import DataError, Dialogue, Exchange, Report, read_dialogues
 
 console = Console(highlight=False, soft_wrap=True)
@@ -111,6 +111,12 @@ def read_data(data: DataConfig, seed: int) -> dict[str, list[Dialogue]]:
     for line in report.lines():
         console.print(f"  {escape(line)}")
     return dialogues
+
+
+def decoding(config: Config) -> SamplingConfig:
+    """How replies are decoded wherever systems are judged: in the evaluation, and in the validation that chooses."""
+    judged = config.evaluate
+    return SamplingConfig(config.sampling.max_new_tokens, judged.temperature, judged.top_k, judged.top_p)
 
 
 def compute_dtype(config: Config) -> str:
