@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -75,6 +76,7 @@ def start(config: Config, stage: str) -> Path:
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    commit()
     devices = jax.devices()
     if devices[0].platform == "cpu":
         keep_freed_memory()
@@ -161,6 +163,7 @@ def note_environment(folder: Path, stage: str, seconds: float) -> None:
     write_json(path, stages)
 
 
+@functools.cache  # asked for at the start: the checkout may move on while a long run goes on with what it loaded
 def commit() -> str | None:
     """The commit of the code that runs, "+" where it has uncommitted changes; None outside git."""
     here = Path(__file__).parent
