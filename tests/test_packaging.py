@@ -311,9 +311,7 @@ def test_no_file_names_a_package_index():
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    index = re.compile(
-        r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|find-links|(?:extra-)?index-url\b|file://", re.IGNORECASE
-    )
+    index = re.compile(r"https?://\S+/(?:simple|packages|whl)/|find-links|index.?url\b|file://", re.IGNORECASE)
     files = [
         ROOT / name
         for name in listed.stdout.splitlines()
