@@ -6,7 +6,6 @@ what a metric is worth: what a constant answer can win is shown beside what the 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,12 +81,12 @@ def answer(
     mesh: Mesh,
 ) -> list[list[int]]:
     """Prompts (ids) -> generated ids each, EOS included where it came. Row i draws from fold_in(key, i), whatever its batch."""
-    program = jax.jit(functools.partial(generate, model=model, cfg=cfg))
+    program = jax.jit(generate, static_argnames=("model", "cfg"))
     replies: list[list[int]] = [[] for _ in rows]
     for indices, length in chunks(rows, batch_size, cfg.max_new_tokens, model.config.n_positions):
         prompt = sharding.split_batch(mesh, batching.prompts([rows[i] for i in indices], length))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(indices))
-        reply = jax.device_get(program(params, prompt, sharding.split_batch(mesh, keys)))
+        reply = jax.device_get(program(params, prompt, sharding.split_batch(mesh, keys), model=model, cfg=cfg))
         for i, tokens, mask in zip(indices, reply.tokens, reply.mask, strict=True):
             replies[i] = tokens[mask].tolist()
     return replies
@@ -105,20 +104,34 @@ def read_emotions(
     return [EMOTIONS[i] for i in losses.argmin(1)]
 
 
+# jit keeps its programs by function: these stand here by name, so that a second evaluation does not compile again.
+
+
+def losses_by_row(params: Any, batch: batching.Batch, *, model: gpt2.GPT2) -> tuple[jax.Array, jax.Array]:
+    """sft_loss of each row by itself -> (losses f32[B], tokens f32[B])."""
+    rows = jax.tree.map(lambda x: x[:, None], batch)
+    return jax.vmap(lambda row: sft_loss(params, row, None, model=model))(rows)
+
+
+def score_replies(
+    tokens: jax.Array, mask: jax.Array, refs: References, vocabulary: Vocabulary, *, weights: RewardWeights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return score(reward_batch.make(tokens, mask, refs, vocabulary), weights)
+
+
 def losses_of(
     params: Any, examples: Sequence[Example], *, model: gpt2.GPT2, batch_size: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed negative log-likelihood of each example's reply, and its number of tokens -> (f32[N], f32[N])."""
 
-    def one(params, tokens, mask, loss_mask):
-        return sft_loss(params, batching.Batch(tokens[None], mask[None], loss_mask[None]), None, model=model)
-
-    program = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
+    program = jax.jit(losses_by_row, static_argnames="model")
     rows = [e.prompt + e.reply for e in examples]
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
     for indices, length in chunks(rows, batch_size, 0, model.config.n_positions):
         batch = batching.supervised([examples[i] for i in indices], batch_size, length)
-        losses[indices], counts[indices] = jax.device_get(program(params, *sharding.split_batch(mesh, batch)))
+        losses[indices], counts[indices] = jax.device_get(
+            program(params, sharding.split_batch(mesh, batch), model=model)
+        )
     return losses, counts
 
 
@@ -127,8 +140,8 @@ def reward_terms(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The same terms that PPO was trained on, for any replies (ids) -> (total [N], {term: [N]})."""
     tokens, mask = batching.pad(replies, batching.round_up(max(map(len, replies)) or 1, PAD_TO), "right")
-    program = jax.jit(lambda t, m, r, v: score(reward_batch.make(t, m, r, v), weights))
-    return jax.device_get(program(tokens, mask, refs, vocabulary))
+    program = jax.jit(score_replies, static_argnames="weights")
+    return jax.device_get(program(tokens, mask, refs, vocabulary, weights=weights))
 
 
 def of_replies(

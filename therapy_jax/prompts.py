@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from therapy_jax.config import PromptConfig
@@ -179,9 +178,5 @@ def parse_reply(tokenizer: Any, ids: Sequence[int]) -> ParsedReply:
     def read(part: list[int]) -> str:
         return tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
-    words = {word: word for word in EMOTIONS}
-    return ParsedReply(words.get(read(client_ids)), words.get(read(stated)), read(ids), ended)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
+    client_emotion, emotion = (word if (word := read(part)) in EMOTIONS else None for part in (client_ids, stated))
+    return ParsedReply(client_emotion, emotion, read(ids), ended)

@@ -101,24 +101,24 @@ def generate(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cf
         return draw(keep_likely(logits, cfg.top_k, cfg.top_p), uniform), logits
 
     def unfinished(carry):
-        step, _, _, alive, _, _ = carry
+        step, _, _, alive, _ = carry
         return (step < limit) & alive.any()
 
     def decode(carry):
-        step, reply, cache, alive, logits, _ = carry
+        step, reply, cache, alive, logits = carry
         token, tempered = choose(step, logits)
         token = jnp.where(alive, token, 0)
         logprob = jnp.where(alive, gpt2.token_logprobs(tempered, token), 0.0)
         reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
         going_on = alive & (token != config.eos_token_id)
         logits, cache = forward(token[:, None], alive[:, None], cache)
-        return step + 1, reply, cache, going_on, logits, step
+        return step + 1, reply, cache, going_on, logits
 
     logits, cache = forward(prompt.tokens, prompt.mask, gpt2.init_cache(config, batch, length + limit))
     empty = Reply(
         jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
     )
-    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits, jnp.int32(0))
+    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits)
     return jax.lax.while_loop(unfinished, decode, start)[1]
 
 
