@@ -8,10 +8,11 @@ from pathlib import Path
 
 import jax
 
-from therapy_jax import baselines, dialogue, evaluate, gpt2, metrics, prompts, run, sharding
-from therapy_jax.config import Config, ConfigError, SamplingConfig
-from therapy_jax.dialogue import exchanges
-from therapy_jax.rewards.words import make_vocabulary
+from therapy_jax import baselines, classifiers, dialogue, evaluate, gpt2, metrics, prompts, run, sharding
+from therapy_jax.config import Config, ConfigError
+from therapy_jax.dialogue import Exchange, exchanges
+from therapy_jax.rewards import batch as reward_batch
+from therapy_jax.rewards.batch import References
 from therapy_jax.run import console
 
 MODELS = ("base", "sft", "ppo")
@@ -31,50 +32,55 @@ def main(config: Config) -> None:
     if not chosen:
         raise ConfigError(f"the {cfg.split} split is empty; choose another with --evaluate.split")
     gold = [e.therapist.emotion for e in chosen]
-    decoding = run.decoding(config)
+
+    # The SFT model is the trunk that scores every system; its tokens carry the trivial answers too.
+    gpt2_config, params, tokenizer = run.load_model(folder, "sft", config)
+    scorer = run.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
+    refs = reward_batch.make_references(chosen, scorer.trunk, tokenizer, model=scorer.model)
+    evaluator = classifiers.fit_evaluator(data, config.seed)
+    expressed = None if evaluator is None else evaluator.predict
+    language = run.load_language_model(config)
+
+    def judged(system: evaluate.System) -> dict:
+        row = evaluate.row(system, chosen, expressed)
+        if language is not None:
+            row["reply_perplexity"] = evaluate.language_perplexity(
+                language, system.texts, chosen, batch_size=cfg.batch_size, mesh=mesh
+            )
+        return row
+
+    def of_turns(turns: list[dialogue.Turn]) -> evaluate.System:
+        return evaluate.of_turns(turns, chosen, refs, scorer, config.prompt)
 
     systems: dict[str, dict] = {}
     samples: dict[str, evaluate.System] = {}
     chosen_constants: dict[str, str] = {}
-    for name in [m for m in MODELS if m in cfg.systems]:
-        console.print(f"{name}: answering {len(chosen)} prompts ...")
-        system = of_model(name, config, folder, chosen, decoding, mesh)
-        samples[name], systems[name] = system, evaluate.row(system, chosen)
-
-    trivial = [s for s in cfg.systems if s not in MODELS]
-    if trivial:
-        gpt2_config, _, tokenizer = run.load_model(folder, "sft", config)  # its tokens carry the trivial answers too
-        vocabulary = make_vocabulary(tokenizer, gpt2_config.padded_vocab_size)
-        refs = evaluate.references(chosen, tokenizer)
-        score_turns = functools.partial(
-            evaluate.of_turns,
-            exchanges=chosen,
-            refs=refs,
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            weights=config.rewards.weights,
-            prompt=config.prompt,
-        )
-        for name in trivial:
-            console.print(f"{name} ...")
-            if name == "constant":
-                systems[name], chosen_constants = evaluate.constants(data["train"], chosen, score_turns, config.seed)
-                continue
-            train = data["train"]
-            turns = (
-                baselines.retrieval(train, chosen)
-                if name == "retrieval"
-                else baselines.random_reply(train, len(chosen), config.seed)
+    train = data["train"]
+    for name in cfg.systems:
+        if name in MODELS:
+            console.print(f"{name}: answering {len(chosen)} prompts ...")
+            samples[name] = of_model(name, config, folder, chosen, refs, scorer, mesh)
+        elif name == "constant":
+            console.print("constant: choosing the best on train ...")
+            systems[name], chosen_constants = evaluate.constants(
+                train, chosen, lambda turns: judged(of_turns(turns)), config.seed
             )
-            samples[name] = score_turns(turns)
-            systems[name] = evaluate.row(samples[name], chosen)
+        elif name == "retrieval":
+            samples[name] = of_turns(baselines.retrieval(train, chosen))
+        else:
+            samples[name] = of_turns(baselines.random_reply(train, len(chosen), config.seed))
+        if name in samples:
+            systems[name] = judged(samples[name])
+    therapist = judged(of_turns([e.therapist for e in chosen]))  # what a person scores on metrics without a reference
 
     results = {
         "data": {"name": config.data.format, "split": cfg.split, "n": len(chosen), "sha256": fingerprint(config)},
-        "decoding": dataclasses.asdict(decoding),
+        "decoding": dataclasses.asdict(run.decoding(config)),
         "signature": metrics.signature(),
-        "reward_weights": dataclasses.asdict(config.rewards.weights),
+        "reward_weights": scorer.weights,
         "systems": systems,
+        "therapist": {k: therapist[k] for k in evaluate.WITHOUT_REFERENCE if k in therapist},
+        "comparisons": compare(samples, chosen, config),
         "constants": chosen_constants,
         "emotion_majority_accuracy": metrics.majority_accuracy(gold),
         "paper": evaluate.PAPER,
@@ -87,12 +93,21 @@ def main(config: Config) -> None:
     run.write_json(folder / "answers.json", answers)
     run.note_environment(folder, "evaluate", time.monotonic() - began)
     console.print(evaluate.table(results))
+    for name, differences in results["comparisons"].items():
+        shown = ", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in differences.items())
+        console.print(f"{name}: {shown}")
     console.print(f"signature: {results['signature']}")
     console.print(f"written: {folder / 'results.json'}")
 
 
 def of_model(
-    name: str, config: Config, folder: Path, chosen: list[dialogue.Exchange], decoding: SamplingConfig, mesh
+    name: str,
+    config: Config,
+    folder: Path,
+    chosen: list[Exchange],
+    refs: References,
+    scorer: evaluate.Scorer,
+    mesh,
 ) -> evaluate.System:
     """One trained system's answers, scores and the perplexity of the therapist's replies under it."""
     gpt2_config, params, tokenizer = run.load_model(folder, name, config)
@@ -101,11 +116,9 @@ def of_model(
     examples = [prompts.encode(tokenizer, e, config.prompt, gpt2_config.n_positions) for e in chosen]
     rows = [e.prompt for e in examples]
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    replies = evaluate.answer(params, rows, key, model=model, cfg=decoding, batch_size=size, mesh=mesh)
+    replies = evaluate.answer(params, rows, key, model=model, cfg=run.decoding(config), batch_size=size, mesh=mesh)
     perplexity = evaluate.perplexity_of(*evaluate.losses_of(params, examples, model=model, batch_size=size, mesh=mesh))
-    vocabulary = make_vocabulary(tokenizer, gpt2_config.padded_vocab_size)
-    refs = evaluate.references(chosen, tokenizer)
-    system = evaluate.of_replies(replies, refs, tokenizer, vocabulary, config.rewards.weights, perplexity)
+    system = evaluate.of_replies(replies, refs, chosen, scorer, perplexity)
     if name != "base":
         return system
     # base never learnt to write an emotion: it is asked which of the seven words it finds likeliest.
@@ -118,6 +131,24 @@ def of_model(
             [*row, *prompts.encode_text(tokenizer, word), marker] for row, word in zip(rows, read(rows), strict=True)
         ]
     return system._replace(emotions=list(read(rows)))
+
+
+def compare(samples: dict[str, evaluate.System], chosen: list[Exchange], config: Config) -> dict[str, dict]:
+    """The last trained system against every other: mean difference and its 95 % interval by paired bootstrap."""
+    trained = [name for name in samples if name in MODELS]
+    if not trained:
+        return {}
+    last = max(trained, key=MODELS.index)
+    items = {
+        name: [metrics.item_scores(text, e.therapist.text) for text, e in zip(system.texts, chosen, strict=True)]
+        for name, system in samples.items()
+    }
+    resamples, seed = config.evaluate.bootstrap, config.seed
+    return {
+        f"{last} - {other}": metrics.paired_bootstrap(items[last], items[other], resamples, seed)
+        for other in samples
+        if other != last
+    }
 
 
 def fingerprint(config: Config) -> str:

@@ -1,140 +1,237 @@
 """PPO: run_dir/sft/model -> run_dir/ppo/model, the policy improved against the multi-component reward.
 
 Every eval_every iterations the same validation prompts are answered, decoded as in the evaluation (greedily by default);
-the policy with the best mean total reward there is the one that is kept. Stopped and started again, it goes on from its last checkpoint.
+the policy that is best there by ppo.keep_best is kept. Stopped and started again, it goes on from its last checkpoint.
 """
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from therapy_jax import batching, checkpoint, evaluate, gpt2, metrics, ppo, prompts, run, sharding, weights
+from therapy_jax import batching, checkpoint, classifiers, evaluate, gpt2, metrics, ppo, prompts, run, sharding, weights
+from therapy_jax.batching import Prompt
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange, exchanges
-from therapy_jax.rewards import batch as reward_batch
-from therapy_jax.rewards.combine import score
-from therapy_jax.rewards.words import make_vocabulary
+from therapy_jax.rewards import combine, scoring
+from therapy_jax.rewards.batch import PAD_TO, References, make_references
 from therapy_jax.run import console
 
 SAMPLES = 20  # fixed validation prompts whose replies are written to samples.jsonl at each evaluation
 
 
+class Prepared(NamedTuple):
+    """Prompts with what the data says about each: of train as one array, of validation as rows."""
+
+    exchanges: list[Exchange]
+    prompts: Prompt
+    references: References
+    held_out: list[Exchange]
+    held_out_rows: list[list[int]]
+    held_out_references: References
+
+
 def main(config: Config) -> None:
+    cfg = config.ppo
     ppo.check(config.sampling)
     folder = run.start(config, "train_ppo")
     began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divides(config.ppo.batch_size // config.ppo.minibatches, mesh, "ppo.batch_size / ppo.minibatches")
+    sharding.check_divides(cfg.batch_size // cfg.minibatches, mesh, "ppo.batch_size / ppo.minibatches")
+    sharding.check_divides(cfg.batch_size // cfg.replies_per_prompt, mesh, "ppo.batch_size / ppo.replies_per_prompt")
     data = {
         split: [e for d in part for e in exchanges(d)]
         for split, part in run.read_data(config.data, config.seed).items()
     }
-
     gpt2_config, params, tokenizer = run.load_model(folder, "sft", config)
-    room = gpt2_config.n_positions - config.sampling.max_new_tokens
-    if config.prompt.max_tokens > room:
-        total = config.prompt.max_tokens + config.sampling.max_new_tokens
-        raise ConfigError(
-            f"prompt.max_tokens + sampling.max_new_tokens ({total}) exceed the model's {gpt2_config.n_positions} positions"
-        )
-    model, tx = gpt2.GPT2(gpt2_config), ppo.optimizer(config.ppo)
-    vocabulary = sharding.replicate(mesh, make_vocabulary(tokenizer, gpt2_config.padded_vocab_size))
+    model, tx = gpt2.GPT2(gpt2_config), ppo.optimizer(cfg)
+    scorer = run.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
+    ready = prepare(config, data, scorer)
+    evaluate_policy = make_validation(config, folder, data, ready, scorer, mesh)
 
-    def encode(exchange: Exchange) -> list[int]:
-        return prompts.encode_prompt(tokenizer, exchange.context, exchange.client, config.prompt)[0]
-
-    encoded = {split: [encode(e) for e in part] for split, part in data.items()}
-    usable = [i for i, row in enumerate(encoded["train"]) if len(row) <= config.prompt.max_tokens]
-    too_long = len(encoded["train"]) - len(usable)
-    if not usable:
-        raise ConfigError(f"no training prompt fits in prompt.max_tokens ({config.prompt.max_tokens}); raise it")
-    console.print(f"ppo: {len(usable):,} prompts; {too_long:,} left out: the utterance alone exceeds prompt.max_tokens")
-    length = batching.round_up(max(len(encoded["train"][i]) for i in usable), evaluate.PAD_TO)
-    train_prompts = batching.prompts([encoded["train"][i] for i in usable], min(length, room))
-    train_references = evaluate.references([data["train"][i] for i in usable], tokenizer)
-
-    def score_fn(reply, references):
-        return score(reward_batch.make(reply.tokens, reply.mask, references, vocabulary), config.rewards.weights)
-
-    held_out = [i for i, row in enumerate(encoded["validation"]) if len(row) <= room][: config.ppo.eval_prompts]
-    eval_exchanges = [data["validation"][i] for i in held_out]
-    eval_rows = [encoded["validation"][i] for i in held_out]
-    eval_references = evaluate.references(eval_exchanges, tokenizer)
-    decoding = run.decoding(config)
-
-    def evaluate_policy(policy, iteration: int) -> dict[str, float]:
-        """Replies to the fixed prompts, decoded as evaluate.py will: reward, and metrics that are not in it."""
-        size = config.ppo.batch_size
-        replies = evaluate.answer(
-            policy, eval_rows, jax.random.key(0), model=model, cfg=decoding, batch_size=size, mesh=mesh
-        )
-        system = evaluate.of_replies(replies, eval_references, tokenizer, vocabulary, config.rewards.weights)
-        run.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], eval_exchanges[:SAMPLES])
-        words = metrics.text_metrics(system.texts, [e.therapist.text for e in eval_exchanges])
-        found = {
-            "reward": system.reward,
-            "stop_rate": system.stop_rate,
-            **words,
-            **{f"reward/{k}": v for k, v in system.terms.items()},
-        }
-        return {f"validation/{name}": value for name, value in found.items()}
-
-    state = sharding.replicate(mesh, ppo.init_state(params, gpt2_config, tx, config.ppo))
-    sections = ("seed", "data", "prompt", "rewards", "sampling", "ppo")
+    stats = combine.init_stats(probe(config, ready, scorer))
+    state = sharding.replicate(mesh, ppo.init_state(params, gpt2_config, tx, cfg, stats))
+    sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
     belongs_to = {"stage": "ppo", "model": dataclasses.asdict(gpt2_config), **settings}
-    manager = checkpoint.manager(folder / "ppo" / "checkpoints", best="validation/reward", mode="max")
+    best_metric, mode = f"validation/{cfg.keep_best.removeprefix('-')}", "min" if cfg.keep_best.startswith("-") else "max"
+    manager = checkpoint.manager(folder / "ppo" / "checkpoints", best=best_metric, mode=mode)
     restored = checkpoint.restore(manager, state, belongs_to)
     state, done = restored or (state, 0)
     for name in ("metrics.jsonl", "samples.jsonl"):
         run.forget_after(folder / name, "ppo", done if restored else -1)
     if restored:
-        console.print(f"ppo: going on from iteration {done} of {config.ppo.iterations}")
+        console.print(f"ppo: going on from iteration {done} of {cfg.iterations}")
+        at_start = run.logged(folder, "ppo", 0)
     else:  # the SFT policy is the first candidate: PPO that makes things worse leaves it as it was
-        found = evaluate_policy(state.params["policy"], 0)
-        run.log(folder, "ppo", 0, found, began)
-        checkpoint.save(manager, 0, state, belongs_to, found)
+        at_start = evaluate_policy(state.params["policy"], 0)
+        if best_metric not in at_start:
+            names = ", ".join(sorted(name.removeprefix("validation/") for name in at_start))
+            raise ConfigError(f"ppo.keep_best: there is no validation metric {cfg.keep_best}; there are {names}")
+        run.log(folder, "ppo", 0, at_start, began)
+        checkpoint.save(manager, 0, state, belongs_to, at_start | {"kl": 0.0})
 
-    program = jax.jit(
-        functools.partial(
-            ppo.ppo_iteration, model=model, tx=tx, score_fn=score_fn, sampling=config.sampling, cfg=config.ppo
-        ),
-        donate_argnums=0,
-    )
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    with run.progress("ppo", config.ppo.iterations, done) as advance:
-        for iteration in range(done, config.ppo.iterations):
-            indices = batching.rollout_indices(len(usable), config.ppo.batch_size, config.seed, iteration)
-            prompt, references = jax.tree.map(lambda x, chosen=indices: x[chosen], (train_prompts, train_references))
-            state, metrics_ = program(state, *sharding.split_batch(mesh, (prompt, references)), key)
-            logged, finished = jax.device_get(metrics_), iteration + 1
+    def beyond(kl: float) -> bool:
+        return cfg.max_kl is not None and kl > cfg.max_kl
+
+    iterate = compile_iteration(config, model, tx, ready, scorer, mesh)
+    stopped = beyond(checkpoint.metric_of(manager, done, "kl"))  # in an earlier start: it stays so
+    finished = done
+    with run.progress("ppo", cfg.iterations, done) as advance, run.count_compilations() as compiled:
+        while finished < cfg.iterations and not stopped:
+            state, on_device = iterate(state, finished)
+            logged: dict[str, Any] = jax.device_get(on_device) | {"programs_compiled": compiled()}
             run.check_finite(logged)
-            if finished % config.ppo.eval_every == 0 or finished == config.ppo.iterations:
+            finished += 1
+            stopped = beyond(logged["kl"])
+            if finished % cfg.eval_every == 0 or finished == cfg.iterations or stopped:
                 found = evaluate_policy(state.params["policy"], finished)
                 logged |= found
-                checkpoint.save(manager, finished, state, belongs_to, found)
+                if alarm := evaluate.alarm(at_start, found):
+                    console.print(f"[bold yellow]alarm[/] at iteration {finished}: {alarm}")
+                    logged["alarm"] = alarm
+                checkpoint.save(manager, finished, state, belongs_to, found | {"kl": float(logged["kl"])})
             run.log(folder, "ppo", finished, logged, began)
-            advance(
-                finished, score=float(logged["score"]), kl=float(logged["kl"]), tokens=float(logged["reply_tokens"])
-            )
+            advance(finished, **{k: float(logged[k]) for k in ("score", "kl", "reply_tokens")})
+    if stopped:
+        console.print(f"ppo: stopped at iteration {finished}: the KL per reply is above ppo.max_kl ({cfg.max_kl} nats)")
 
     best = manager.best_step()
     assert best is not None
     if best != manager.latest_step():
         state, _ = checkpoint.restore(manager, state, belongs_to, step=best) or (state, 0)
-    target = folder / "ppo" / "model"
-    weights.save_pretrained(target, gpt2_config, state.params["policy"], tokenizer)
-    value = {k: np.asarray(v) for k, v in checkpoint.flatten(jax.device_get(state.params["value"])).items()}
-    save_file(value, target / "value_head.safetensors")
-    reward = checkpoint.metric_of(manager, best, "validation/reward")
-    console.print(f"ppo: best validation reward {reward:.4f} at iteration {best} (SFT: iteration 0); model in {target}")
+    export(folder / "ppo", gpt2_config, state, tokenizer)
+    kept = checkpoint.metric_of(manager, best, best_metric)
+    console.print(f"ppo: best {best_metric} {kept:.4f} at iteration {best} (SFT: iteration 0); model in {folder / 'ppo'}")
     manager.close()
-    if done < config.ppo.iterations:
+    if done < finished:
         run.note_environment(folder, "ppo", time.monotonic() - began)
+
+
+def prepare(config: Config, data: dict[str, list[Exchange]], scorer: evaluate.Scorer) -> Prepared:
+    """Exchanges -> prompts of one length and references. Prompts too long for the config, or the model, are left out."""
+    tokenizer, model, longest = scorer.tokenizer, scorer.model, config.prompt.max_tokens
+    room = model.config.n_positions - config.sampling.max_new_tokens
+    if longest > room:
+        raise ConfigError(
+            f"prompt.max_tokens + sampling.max_new_tokens ({longest + config.sampling.max_new_tokens}) exceed the model's "
+            f"{model.config.n_positions} positions"
+        )
+
+    def encoded(split: str, limit: int) -> tuple[list[Exchange], list[list[int]]]:
+        rows = [prompts.encode_prompt(tokenizer, e.context, e.client, config.prompt)[0] for e in data[split]]
+        kept = [i for i, row in enumerate(rows) if len(row) <= limit]
+        return [data[split][i] for i in kept], [rows[i] for i in kept]
+
+    def refer(part: list[Exchange]) -> References:
+        return make_references(part, scorer.trunk, tokenizer, model=model)
+
+    train, rows = encoded("train", longest)
+    if not train:
+        raise ConfigError(f"no training prompt fits in prompt.max_tokens ({longest}); raise it")
+    too_long = len(data["train"]) - len(train)
+    console.print(f"ppo: {len(train):,} prompts; {too_long:,} left out: the utterance alone exceeds prompt.max_tokens")
+    length = min(batching.round_up(max(map(len, rows)), PAD_TO), room)
+    held_out, held_out_rows = (x[: config.ppo.eval_prompts] for x in encoded("validation", room))
+    if not held_out:
+        raise ConfigError("the validation split has no exchange to judge the policy by; see data.splits")
+    return Prepared(train, batching.prompts(rows, length), refer(train), held_out, held_out_rows, refer(held_out))
+
+
+def probe(config: Config, ready: Prepared, scorer: evaluate.Scorer) -> list[str]:
+    """The names of all reward terms, from scoring two therapists' own replies: a broken reward says so before training."""
+    two = ready.exchanges[:2]
+    said = [prompts.encode_reply(scorer.tokenizer, e.therapist, e.client.emotion, config.prompt) for e in two]
+    _, terms = evaluate.reward_terms(scorer, said, jax.tree.map(lambda x: x[:2], ready.references), two)
+    wanted = config.rewards.custom.weights if config.rewards.custom else {}
+    if unknown := sorted(set(wanted) - set(terms)):
+        names = ", ".join(sorted(set(terms) - set(combine.TERMS)))
+        raise ConfigError(f"rewards.custom.weights: the function gives no {', '.join(unknown)}; it gives {names}")
+    return sorted(terms)
+
+
+def make_validation(
+    config: Config, folder: Path, data: dict[str, list[Exchange]], ready: Prepared, scorer: evaluate.Scorer, mesh: Mesh
+) -> Callable[[Any, int], dict[str, float]]:
+    """-> a function (policy, iteration) -> {validation/NAME: value}: replies to the fixed prompts, decoded as evaluate.py
+    will; the reward, and metrics that are not in it."""
+    expressed, language = classifiers.fit_evaluator(data, config.seed), run.load_language_model(config)
+    therapists = [e.therapist for e in ready.held_out]
+    gold = [turn.emotion for turn in therapists]
+    size = config.ppo.batch_size
+
+    def evaluate_policy(policy: Any, iteration: int) -> dict[str, float]:
+        replies = evaluate.answer(
+            policy, ready.held_out_rows, jax.random.key(0), model=scorer.model, cfg=run.decoding(config), batch_size=size, mesh=mesh
+        )  # fmt: skip
+        system = evaluate.of_replies(replies, ready.held_out_references, ready.held_out, scorer)
+        run.log_samples(folder, iteration, *(x[:SAMPLES] for x in (system.texts, system.emotions, ready.held_out)))
+        found = {"reward": system.reward, "stop_rate": system.stop_rate}
+        found |= metrics.text_metrics(system.texts, [turn.text for turn in therapists])
+        if any(gold):
+            found |= metrics.emotion_scores(system.emotions, gold, "emotion_stated")
+        if any(gold) and expressed is not None:
+            found |= metrics.emotion_scores(expressed.predict(system.texts), gold, "emotion_expressed")
+        if language is not None:
+            found["perplexity"] = evaluate.language_perplexity(
+                language, system.texts, ready.held_out, batch_size=size, mesh=mesh
+            )
+        found |= {f"reward/{name}": value for name, value in system.terms.items()}
+        return {f"validation/{name}": value for name, value in found.items()}
+
+    return evaluate_policy
+
+
+def compile_iteration(
+    config: Config, model: gpt2.GPT2, tx: Any, ready: Prepared, scorer: evaluate.Scorer, mesh: Mesh
+) -> Callable[[ppo.PPOState, int], tuple[ppo.PPOState, Any]]:
+    """-> a function (state, iterations done) -> (state, metrics on device): one program, or two around a host reward."""
+    cfg = config.ppo
+    score_fn = functools.partial(scoring.score, model=model, device_custom=scorer.device_custom)
+    combine_fn = functools.partial(combine.combine, weights=scorer.weights, standardise=config.rewards.standardise)
+    roll: dict[str, Any] = {"model": model, "score_fn": score_fn, "sampling": config.sampling, "cfg": cfg}
+    learn: dict[str, Any] = {"model": model, "tx": tx, "combine_fn": combine_fn, "cfg": cfg}
+    whole_program = jax.jit(functools.partial(ppo.ppo_iteration, **roll, **learn), donate_argnums=0)
+    rollout_program = jax.jit(functools.partial(ppo.rollout, **roll))
+    learn_program = jax.jit(
+        functools.partial(ppo.learn, **learn, temperature=config.sampling.temperature), donate_argnums=0
+    )
+    fixed = sharding.replicate(mesh, scorer.fixed)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    asked = cfg.batch_size // cfg.replies_per_prompt
+
+    def iterate(state: ppo.PPOState, done: int) -> tuple[ppo.PPOState, Any]:
+        indices = batching.rollout_indices(len(ready.exchanges), asked, config.seed, done)
+        prompt, references = sharding.split_batch(
+            mesh, jax.tree.map(lambda x: x[indices], (ready.prompts, ready.references))
+        )
+        if not scorer.host:
+            return whole_program(state, prompt, references, fixed, key)
+        reply, batch, raw = rollout_program(state, prompt, references, fixed, key)
+        tokens, mask = jax.device_get((reply.tokens, reply.mask))
+        ids = [row[counts].tolist() for row, counts in zip(tokens, mask, strict=True)]
+        answered = [ready.exchanges[i] for i in indices for _ in range(cfg.replies_per_prompt)]
+        raw = scoring.host_terms(scorer.host, batch, raw, scorer.tokenizer, ids, answered)
+        return learn_program(state, prompt, reply, sharding.split_batch(mesh, raw), key)
+
+    return iterate
+
+
+def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, tokenizer: Any) -> None:
+    """folder/model, which torch's GPT2LMHeadModel loads, the value head beside it, and a separate critic in folder/critic."""
+    weights.save_pretrained(folder / "model", gpt2_config, state.params["policy"], tokenizer)
+    critic = state.params["value"]
+    head = {k: np.asarray(v) for k, v in checkpoint.flatten(jax.device_get(critic["head"])).items()}
+    save_file(head, folder / "model" / "value_head.safetensors")
+    if "trunk" in critic:
+        weights.save_pretrained(folder / "critic", gpt2_config, critic["trunk"], tokenizer)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import nltk.data
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.meteor_score import single_meteor_score
+from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from therapy_jax import dialogue, metrics
@@ -288,6 +290,50 @@ def test_wrong_lists_raise_everywhere_else():
     for predicted, gold, reason in (([], [], "no gold label"), (["joy"], [None], "no gold label"), (["joy"], [], "1")):
         with pytest.raises(ValueError, match=reason):
             metrics.emotion_scores(predicted, gold, "x")
+
+
+def items(rng: np.random.Generator, n: int, shift: float) -> list[dict[str, float]]:
+    """Two metrics of n exchanges: one normal, one as skewed as sentence BLEU is."""
+    columns = rng.normal(0.3 + shift, 0.1, n), rng.exponential(0.05 + shift, n)
+    return [{"rougeL": float(x), "bleu": float(y)} for x, y in zip(*columns, strict=True)]
+
+
+def test_paired_bootstrap_is_scipys(rng):
+    """Both are random: with S resamples a percentile wanders by sqrt(p (1 - p) / S) / density, here 0.027 standard errors
+    of the mean at S = 10,000 (normal density at 1.96), so two of them differ by less than 5 * sqrt(2) * 0.027 = 0.19."""
+    a, b = items(rng, 80, 0.02), items(rng, 80, 0.0)
+    found = metrics.paired_bootstrap(a, b, resamples=10_000, seed=1)
+    for key in ("rougeL", "bleu"):
+        difference = np.array([x[key] - y[key] for x, y in zip(a, b, strict=True)])
+        expected = stats.bootstrap(
+            (difference,), np.mean, n_resamples=10_000, method="percentile", confidence_level=0.95, rng=rng
+        )
+        assert found[key][0] == pytest.approx(difference.mean())
+        close = 0.19 * float(expected.standard_error)
+        assert found[key][1:] == pytest.approx(tuple(expected.confidence_interval), rel=0, abs=close)
+        assert found[key][1] < found[key][0] < found[key][2]
+
+
+def test_paired_bootstrap_resamples_pairs(rng):
+    """A constant difference stays what it is however the exchanges are drawn: drawn apart, the systems would not show it."""
+    b = items(rng, 50, 0.0)
+    a = [{"rougeL": x["rougeL"] + 0.125, "bleu": x["bleu"] - 0.5} for x in b]
+    found = metrics.paired_bootstrap(a, b, resamples=200, seed=0)
+    assert found["rougeL"] == pytest.approx((0.125,) * 3, abs=1e-12)  # sums of 50 doubles round at 1e-15
+    assert found["bleu"] == pytest.approx((-0.5,) * 3, abs=1e-12)
+
+
+def test_paired_bootstrap_laws(rng):
+    a, b = items(rng, 30, 0.1), items(rng, 30, 0.0)
+    found = metrics.paired_bootstrap(a, b, resamples=300, seed=7)
+    assert found == metrics.paired_bootstrap(a, b, resamples=300, seed=7)
+    assert found != metrics.paired_bootstrap(a, b, resamples=300, seed=8)
+    for key, (mean, low, high) in metrics.paired_bootstrap(b, a, resamples=300, seed=7).items():
+        assert (-mean, -high, -low) == pytest.approx(found[key]), "the other way round"
+    with pytest.raises(ValueError, match="30 items of one system but 29 of the other"):
+        metrics.paired_bootstrap(a, b[:-1], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="empty"):
+        metrics.paired_bootstrap([], [], resamples=10, seed=0)
 
 
 def test_signature():

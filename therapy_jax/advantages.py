@@ -1,7 +1,8 @@
 """From one score per reply to one advantage per token.
 
 rewards_t = -beta * kl_t on every reply token, + score on the last one (Ziegler et al. 2019, eq. 2), so that a reply's
-rewards sum to score - beta * KL. Then generalised advantage estimation (Schulman et al. 2016).
+rewards sum to score - beta * KL. Then one of three baselines: a critic (generalised advantage estimation), or the other
+replies to the same prompt (RLOO, GRPO), whose advantage is the same on every token of a reply.
 All arrays are f32[B, R]; mask bool[B, R] is True on reply tokens. Nothing under a False mask ever counts.
 """
 
@@ -43,6 +44,38 @@ def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float)
     _, advantages = jax.lax.scan(step, (zeros, zeros), columns, reverse=True)
     advantages = advantages.T
     return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def rloo(returns: Array, group: int) -> Array:
+    """REINFORCE leave-one-out: returns f32[B] of whole replies, `group` to a prompt, in a row -> advantages f32[B].
+
+        A_i = R_i - mean over the other replies j to the same prompt of R_j
+
+    (Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", eq. 8.) The baseline never looks at the reply it is for, so
+    the gradient stays unbiased.
+    """
+    rows = returns.astype(jnp.float32).reshape(-1, group)
+    others = (rows.sum(1, keepdims=True) - rows) / (group - 1)
+    return (rows - others).reshape(-1)
+
+
+def grpo(returns: Array, group: int) -> Array:
+    """Group-relative: returns f32[B], `group` to a prompt, in a row -> advantages f32[B].
+
+        A_i = (R_i - mean R) / sd R        over the replies to the same prompt
+
+    (Shao et al. 2024, "DeepSeekMath", section 4.1.2.) Prompts on which replies differ little count as much as others. A
+    group whose replies all earn the same has nothing to teach: 0.
+    """
+    rows = returns.astype(jnp.float32).reshape(-1, group)
+    mean, sd = rows.mean(1, keepdims=True), rows.std(1, keepdims=True)
+    flat = sd <= 1e-5 * (1.0 + jnp.abs(mean))  # rounding is not a difference
+    return jnp.where(flat, 0.0, (rows - mean) / jnp.where(flat, 1.0, sd)).reshape(-1)
+
+
+def over_tokens(advantages: Array, mask: Array) -> Array:
+    """One advantage per reply, f32[B] -> the same on each of its tokens, f32[B,R]; 0 where mask is False."""
+    return jnp.where(mask, advantages[:, None], 0.0)
 
 
 def masked_mean(x: Array, mask: Array) -> Array:

@@ -10,9 +10,10 @@ Nothing here imports jax: `--help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -151,19 +152,70 @@ class RewardWeights:
     """Longest-common-subsequence F1 with the therapist's reply, in [0, 1]."""
     bleu: float = 0.0
     """Smoothed sentence BLEU-4 with the therapist's reply, in [0, 1]."""
+    semantic: float = 0.0
+    """Likeness in meaning to the therapist's reply, in [-1, 1]."""
+    context: float = 0.0
+    """Likeness in meaning to what the client said and the turns before, less where it is copied, in [0, 1]."""
     emotion_stated: float = 0.5
-    """1 where the emotion that the model writes is the annotated one, else 0."""
+    """How near the emotion that the model writes is to the annotated one, class-balanced, in [-1, 1]; a constant earns 0."""
+    emotion_expressed: float = 0.0
+    """The same for the emotion that a frozen classifier reads in the reply, in [-1, 1]."""
+    strategy: float = 0.0
+    """How well the reply fits the annotated strategy, says a frozen classifier, class-balanced, in [-1, 1]."""
     repetition: float = 0.2
     """Minus the share of repeated word bigrams within the reply, in [-1, 0]."""
+    sameness: float = 0.0
+    """Minus the share of the reply's word bigrams that the batch has said already, in [-1, 0]: against mode collapse."""
     length: float = 0.2
     """Minus the relative gap to the therapist's reply in words, in [-1, 0]."""
     ending: float = 0.2
     """1 where the reply ends (EOS) after a full stop, question or exclamation mark, 0.5 where it merely ends, else 0."""
+    manner: float = 0.0
+    """-1 where the reply holds a phrase that judges, diagnoses or prescribes, else 0."""
+
+
+@dataclass(frozen=True)
+class CustomReward:
+    """A reward of your own, without touching this package."""
+
+    path: str
+    """`file.py:function`. On the host: list of rewards.custom.Sample -> {name: list of numbers}. On the device: RewardBatch
+    -> {name: f32[B]}, traced into the compiled program."""
+    on: Literal["host", "device"] = "host"
+    """`host` = plain Python on decoded text (the program is cut in two around it); `device` = jax on arrays."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each name that the function returns; 1 where a name does not stand here."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     weights: RewardWeights = field(default_factory=RewardWeights)
+    standardise: bool = False
+    """Scale each term by its running mean and standard deviation before it is weighed, so that none rules by scale alone."""
+    encoder: str | None = None
+    """Folder or hub id of a BERT-type sentence encoder for `semantic` and `context` (on the host side); null = the frozen
+    SFT model's own hidden states."""
+    custom: CustomReward | None = None
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The heads on the frozen SFT trunk that read emotion and strategy in a text."""
+
+    epochs: int = 40
+    """Passes over the annotated training turns; the pass with the best validation macro-F1 is kept."""
+    batch_size: int = 64
+    """Turns per optimizer step."""
+    learning_rate: float = 1e-3
+    """AdamW, constant."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay."""
+    hidden: int = 128
+    """Units between the reading of a text and the classes; 0 = a linear head."""
+    dropout: float = 0.3
+    """Dropout rate on the reading and on the hidden units while the head is trained."""
+    members: int = 5
+    """Copies of a head that differ by their random start; their mean probability is the answer."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +241,11 @@ class PPOConfig:
     iterations: int = 30
     """Rollout + update rounds."""
     batch_size: int = 32
-    """Prompts (one reply each) per iteration."""
+    """Replies per iteration."""
+    replies_per_prompt: int = 1
+    """Replies that each prompt gets; rloo and grpo compare them with one another and need at least 2."""
+    estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """Advantages from a critic (generalised advantage estimation), or from the other replies to the same prompt."""
     epochs: int = 2
     """Passes over a rollout."""
     minibatches: int = 2
@@ -225,19 +281,45 @@ class PPOConfig:
     """Advantages of a rollout are scaled to mean 0, variance 1, over reply tokens."""
     max_update_kl: float | None = 0.1
     """Mean per-token KL (nats, k3) of old to new policy above which the rest of an update is skipped; null = never."""
-    value_head: Literal["shared"] = "shared"
-    """Where the critic reads: `shared` = a linear head on the policy's own last hidden state."""
+    max_kl: float | None = None
+    """KL per reply to the SFT policy (nats, summed over tokens) above which the run ends, with its state saved; null = never."""
+    value_head: Literal["shared", "detached", "separate"] = "shared"
+    """Where the critic reads: `shared` = a linear head on the policy's last hidden state, `detached` = the same without
+    gradients into the policy, `separate` = a GPT-2 of its own that starts as a copy of the SFT model."""
+    critic_learning_rate: float | None = None
+    """Peak for the critic's own parameters; null = ppo.learning_rate."""
+    critic_warmup: int = 0
+    """First iterations in which only the critic learns and the policy stays as it is."""
     eval_every: int = 10
     """Iterations between two evaluations on the same validation prompts, each with a checkpoint."""
     eval_prompts: int = 64
     """Validation prompts per evaluation."""
+    keep_best: str = "reward"
+    """Validation metric by which the policy that is kept is chosen, such as `rougeL` or `meteor`; `-perplexity`: the lowest."""
 
     def __post_init__(self):
+        require(
+            self.replies_per_prompt >= 1 and self.batch_size % self.replies_per_prompt == 0,
+            f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.replies_per_prompt ({self.replies_per_prompt})",
+        )
+        require(
+            self.estimator == "gae" or self.replies_per_prompt >= 2,
+            f"ppo.estimator: {self.estimator} compares replies to one prompt; set ppo.replies_per_prompt to 2 or more",
+        )
+        require(
+            0 <= self.critic_warmup < self.iterations,
+            f"ppo.critic_warmup ({self.critic_warmup}) must be at least 0 and below ppo.iterations ({self.iterations})",
+        )
+        require(
+            self.estimator == "gae" or self.critic_warmup == 0,
+            f"ppo.critic_warmup needs ppo.estimator: gae; {self.estimator} has no critic",
+        )
         require(
             self.minibatches >= 1 and self.batch_size % self.minibatches == 0,
             f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.minibatches ({self.minibatches})",
         )
         require(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target must be above 0, not {self.kl_target}")
+        require(self.max_kl is None or self.max_kl > 0, f"ppo.max_kl must be above 0, not {self.max_kl}")
         require(self.kl_horizon > 0, f"ppo.kl_horizon must be above 0, not {self.kl_horizon}")
         for name in (
             "iterations",
@@ -273,6 +355,20 @@ class EvaluateConfig:
     """As in sampling."""
     top_p: float = 1.0
     """As in sampling."""
+    language_model: str | None = None
+    """Run folder of another seed whose SFT model judges whether replies are language (their perplexity); null = not judged."""
+    bootstrap: int = 1000
+    """Resamplings of the paired bootstrap that compares the last trained system with every other one."""
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """The cells of an experiment that reproduce.py runs; each is a set of overrides of the rest of this file."""
+
+    sft: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """SFT cells: name -> {dotted key: value}. All start from one shared pre-training."""
+    ppo: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """PPO cells, likewise, each from the SFT cell that its key `from` names (default: the first)."""
 
 
 @dataclass(frozen=True)
@@ -297,8 +393,10 @@ class Config:
     sft: TrainingConfig = field(default_factory=TrainingConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    classifiers: ClassifierConfig = field(default_factory=ClassifierConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compilation_cache: str | None = "~/.cache/therapy_jax/xla"
     """Folder for compiled programs, so that a second start does not compile again; null = off."""
@@ -311,10 +409,28 @@ class Config:
         )
 
 
+def load_yaml(text: str) -> Any:
+    """YAML as version 1.2 reads it: `on` is a word and not `true`, and `1e-4` is a number (PyYAML's 1.1 has it otherwise)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":bool", ":float", ":timestamp"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    number = r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)?|\.inf|\.nan)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return yaml.load(text, Loader)
+
+
 def parse(argv: list[str] | None = None, description: str | None = None) -> Config:
     """Command line -> Config. A user's mistake ends the program with one message and exit code 2."""
     import jsonargparse  # here, so that reading a Config from Python code does not need it
 
+    jsonargparse.set_loader("yaml", load_yaml)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # allow_abbrev: else `--sft.learning_rat 1` would quietly be taken for learning_rate.
     usage = "%(prog)s [--config FILE.yaml] [--section.name VALUE ...]"  # all names would fill the screen at each error

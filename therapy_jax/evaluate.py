@@ -6,8 +6,9 @@ what a metric is worth: what a constant answer can win is shown beside what the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +19,15 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from therapy_jax import baselines, batching, gpt2, metrics, prompts, sharding
-from therapy_jax.config import PromptConfig, RewardWeights, SamplingConfig
+from therapy_jax.config import PromptConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS, Exchange, Turn
+from therapy_jax.gpt2 import Params
 from therapy_jax.prompts import Example, ParsedReply
-from therapy_jax.rewards import batch as reward_batch
-from therapy_jax.rewards.batch import References
-from therapy_jax.rewards.combine import score
-from therapy_jax.rewards.words import Vocabulary
-from therapy_jax.sampling import generate
+from therapy_jax.rewards import scoring
+from therapy_jax.rewards.batch import PAD_TO, Fixed, References
+from therapy_jax.sampling import Reply, generate
 from therapy_jax.sft import sft_loss
 
-PAD_TO = 32
 PAPER = {  # arXiv 2511.11884; tokenisation and BLEU order are not stated there
     "bleu": 0.0111,
     "rouge1": 0.1397,
@@ -38,6 +37,9 @@ PAPER = {  # arXiv 2511.11884; tokenisation and BLEU order are not stated there
     "emotion_accuracy": 0.9934,
     "base_emotion_accuracy": 0.6696,
 }
+
+
+WITHOUT_REFERENCE = ("distinct1", "distinct2", "commonest_share", "reply_words", "reply_perplexity")
 
 
 class System(NamedTuple):
@@ -51,13 +53,16 @@ class System(NamedTuple):
     perplexity: float | None  # of the therapist's own replies under the model; None where there is no model
 
 
-def references(exchanges: Sequence[Exchange], tokenizer: Any, length: int | None = None) -> References:
-    """What the data says about each exchange, as host arrays; a text longer than `length` keeps its start."""
-    rows = [prompts.encode_text(tokenizer, e.therapist.text) for e in exchanges]
-    length = length or batching.round_up(max(map(len, rows)), PAD_TO)
-    tokens, mask = batching.pad([row[:length] for row in rows], length, "right")
-    emotion = [EMOTIONS.index(e.therapist.emotion) if e.therapist.emotion in EMOTIONS else -1 for e in exchanges]
-    return References(tokens, mask, np.asarray(emotion, np.int32))  # pyright: ignore[reportArgumentType]
+class Scorer(NamedTuple):
+    """What it takes to give any replies the reward that PPO was trained on."""
+
+    trunk: Params
+    model: gpt2.GPT2
+    tokenizer: Any
+    fixed: Fixed
+    weights: dict[str, float]
+    device_custom: scoring.Custom | None
+    host: scoring.HostRewards
 
 
 def chunks(rows: Sequence[Sequence[int]], batch_size: int, room: int, n_positions: int) -> list[tuple[list[int], int]]:
@@ -113,12 +118,6 @@ def losses_by_row(params: Any, batch: batching.Batch, *, model: gpt2.GPT2) -> tu
     return jax.vmap(lambda row: sft_loss(params, row, None, model=model))(rows)
 
 
-def score_replies(
-    tokens: jax.Array, mask: jax.Array, refs: References, vocabulary: Vocabulary, *, weights: RewardWeights
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return score(reward_batch.make(tokens, mask, refs, vocabulary), weights)
-
-
 def losses_of(
     params: Any, examples: Sequence[Example], *, model: gpt2.GPT2, batch_size: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -136,25 +135,33 @@ def losses_of(
 
 
 def reward_terms(
-    replies: Sequence[Sequence[int]], refs: References, vocabulary: Vocabulary, weights: RewardWeights
+    scorer: Scorer, replies: Sequence[Sequence[int]], refs: References, exchanges: Sequence[Exchange]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The same terms that PPO was trained on, for any replies (ids) -> (total [N], {term: [N]})."""
+    """The same terms that PPO was trained on, for any replies (ids) -> (weighted total [N], {term: [N]}). All replies are one
+    batch, since `sameness` compares them with one another; terms enter as they are, never standardised by a run's statistics."""
     tokens, mask = batching.pad(replies, batching.round_up(max(map(len, replies)) or 1, PAD_TO), "right")
-    program = jax.jit(score_replies, static_argnames="weights")
-    return jax.device_get(program(tokens, mask, refs, vocabulary, weights=weights))
+    reply = Reply(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(tokens.shape))
+    program = jax.jit(scoring.score, static_argnames=("model", "device_custom"))
+    batch, raw = program(
+        scorer.trunk, reply, refs, scorer.fixed, model=scorer.model, device_custom=scorer.device_custom
+    )
+    if scorer.host:
+        raw = scoring.host_terms(scorer.host, batch, raw, scorer.tokenizer, replies, exchanges)
+    terms = jax.device_get(raw)
+    parts = [scorer.weights.get(name, 1.0) * values for name, values in terms.items()]
+    return np.sum(parts, axis=0), terms
 
 
 def of_replies(
     replies: Sequence[Sequence[int]],
     refs: References,
-    tokenizer: Any,
-    vocabulary: Vocabulary,
-    weights: RewardWeights,
+    exchanges: Sequence[Exchange],
+    scorer: Scorer,
     perplexity: float | None = None,
 ) -> System:
     """Generated ids -> System."""
-    parsed: list[ParsedReply] = [prompts.parse_reply(tokenizer, ids) for ids in replies]
-    total, terms = reward_terms(replies, refs, vocabulary, weights)
+    parsed: list[ParsedReply] = [prompts.parse_reply(scorer.tokenizer, ids) for ids in replies]
+    total, terms = reward_terms(scorer, replies, refs, exchanges)
     return System(
         texts=[p.text for p in parsed],
         emotions=[p.emotion for p in parsed],
@@ -166,29 +173,72 @@ def of_replies(
 
 
 def of_turns(
-    turns: Sequence[Turn],
-    exchanges: Sequence[Exchange],
-    refs: References,
-    tokenizer: Any,
-    vocabulary: Vocabulary,
-    weights: RewardWeights,
-    prompt: PromptConfig,
+    turns: Sequence[Turn], exchanges: Sequence[Exchange], refs: References, scorer: Scorer, prompt: PromptConfig
 ) -> System:
     """Answers that come as text, scored through the same tokens as a model's."""
     replies = [
-        prompts.encode_reply(tokenizer, t, e.client.emotion, prompt) for t, e in zip(turns, exchanges, strict=True)
+        prompts.encode_reply(scorer.tokenizer, t, e.client.emotion, prompt)
+        for t, e in zip(turns, exchanges, strict=True)
     ]
-    system = of_replies(replies, refs, tokenizer, vocabulary, weights)
+    system = of_replies(replies, refs, exchanges, scorer)
     return system._replace(texts=[t.text for t in turns], emotions=[t.emotion for t in turns])
 
 
-def row(system: System, exchanges: Sequence[Exchange]) -> dict[str, Any]:
-    """One system's line of results.json; all metrics are on words as metrics.signature() says."""
+class LanguageModel(NamedTuple):
+    """A model of another seed that had no part in any reply or reward."""
+
+    params: Params
+    model: gpt2.GPT2
+    tokenizer: Any
+    prompt: PromptConfig  # as it was trained
+
+
+def language_perplexity(
+    judge: LanguageModel, texts: Sequence[str], exchanges: Sequence[Exchange], *, batch_size: int, mesh: Mesh
+) -> float:
+    """Is it still language? exp of the mean negative log-likelihood per token (each text and its EOS) that the judge gives
+    to replies, after the prompt and the annotated emotion."""
+    examples = []
+    border = judge.tokenizer.convert_tokens_to_ids("<|text|>")
+    for text, e in zip(texts, exchanges, strict=True):
+        answered = dataclasses.replace(e, therapist=dataclasses.replace(e.therapist, text=text))
+        prompt, reply, _ = prompts.encode(judge.tokenizer, answered, judge.prompt, judge.model.config.n_positions)
+        at = reply.index(border) + 1
+        examples.append(Example(prompt + reply[:at], reply[at:], 0))
+    return perplexity_of(*losses_of(judge.params, examples, model=judge.model, batch_size=batch_size, mesh=mesh))
+
+
+HELD_OUT = {"meteor": 0.9, "meteor_exact_stem": 0.9, "distinct2": 0.7, "stop_rate": 0.8}  # a fall below this share alarms
+GROWING = {"commonest_share": 2.0, "perplexity": 1.5}  # and so does a growth above this multiple
+
+
+def alarm(before: dict[str, float], now: dict[str, float]) -> str | None:
+    """What is wrong where the validation reward has risen since the start and metrics that are not in it have fallen: the
+    reward is being gamed. None where all is well. Keys are `validation/NAME`."""
+    was, is_ = (lambda name: before[f"validation/{name}"]), (lambda name: now[f"validation/{name}"])
+    if "validation/reward" not in before or not is_("reward") > was("reward"):
+        return None
+    fallen = [n for n, share in HELD_OUT.items() if f"validation/{n}" in before and is_(n) < share * was(n)]
+    grown = [n for n, times in GROWING.items() if f"validation/{n}" in before and is_(n) > times * was(n)]
+    if not fallen + grown:
+        return None
+    changes = ", ".join(f"{name} {was(name):.3f} -> {is_(name):.3f}" for name in fallen + grown)
+    return f"reward rises ({was('reward'):.3f} -> {is_('reward'):.3f}) while {changes}"
+
+
+def row(
+    system: System, exchanges: Sequence[Exchange], expressed: Callable[[Sequence[str]], list[str]] | None
+) -> dict[str, Any]:
+    """One system's line of results.json; all metrics are on words as metrics.signature() says. `expressed` reads emotions in
+    texts: the evaluator, which is never the classifier that rewards."""
     wanted = [e.therapist for e in exchanges]
+    gold = [t.emotion for t in wanted]
+    read = metrics.emotion_scores(expressed(system.texts), gold, "emotion_expressed") if expressed else {}
     return {
         "reward": system.reward,
         **metrics.text_metrics(system.texts, [t.text for t in wanted]),
-        **metrics.emotion_scores(system.emotions, [t.emotion for t in wanted], "emotion_stated"),
+        **metrics.emotion_scores(system.emotions, gold, "emotion_stated"),
+        **read,
         "stop_rate": system.stop_rate,
         "perplexity": system.perplexity,
         "terms": system.terms,
@@ -196,13 +246,13 @@ def row(system: System, exchanges: Sequence[Exchange]) -> dict[str, Any]:
 
 
 def constants(
-    train: Sequence[Exchange], exchanges: Sequence[Exchange], score_turns: Any, seed: int
+    train: Sequence[Exchange], exchanges: Sequence[Exchange], row_of_turns: Callable[[list[Turn]], Any], seed: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The row of the best constant answer, another one for each metric, each chosen on train; and those answers."""
     chosen = baselines.constant(train, seed)
     emotion = baselines.majority_emotion(train)
     rows = {
-        name: row(score_turns([Turn("therapist", turn.text, emotion)] * len(exchanges)), exchanges)
+        name: row_of_turns([Turn("therapist", turn.text, emotion)] * len(exchanges))
         for name, turn in chosen.items()
     }
     anchor = rows["rougeL"]  # what no single metric chose (reward, length, ...) is that of the answer best by ROUGE-L
@@ -222,11 +272,14 @@ ROWS = {  # results.json -> what the table calls it
     "rougeL": "ROUGE-L",
     "meteor": "METEOR",
     "meteor_exact_stem": "METEOR (ex., stem)",
-    "emotion_stated_accuracy": "emotion acc.",
-    "emotion_stated_macro_f1": "emotion F1",
+    "emotion_stated_accuracy": "stated acc.",
+    "emotion_stated_macro_f1": "stated F1",
+    "emotion_expressed_accuracy": "expressed acc.",
+    "emotion_expressed_macro_f1": "expressed F1",
     "distinct1": "Distinct-1",
     "distinct2": "Distinct-2",
     "commonest_share": "commonest",
+    "reply_perplexity": "reply perpl.",
     "perplexity": "perplexity",
     "reply_words": "words",
     "stop_rate": "stops",
@@ -251,7 +304,7 @@ def table(results: dict[str, Any]) -> Table:
     paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]} if data["name"] == "mesc" else {}
     for key, label in ROWS.items():
         if any(key in values for values in systems.values()):
-            digits = 1 if key in ("perplexity", "reply_words") else 4
+            digits = 1 if key in ("perplexity", "reply_perplexity", "reply_words") else 4
             cells = [values.get(key) for values in (*systems.values(), paper)]
             out.add_row(label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells))
     return out

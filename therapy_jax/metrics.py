@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import nltk.data
+import numpy as np
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.stem.porter import PorterStemmer
 from nltk.tokenize import NLTKWordTokenizer
@@ -179,6 +180,26 @@ def mean_scores(items: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of every key over the items."""
     _some(items)
     return {key: sum(item[key] for item in items) / len(items) for key in items[0]}
+
+
+def paired_bootstrap(
+    a: Sequence[dict[str, float]], b: Sequence[dict[str, float]], resamples: int, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """{key: (mean of a - b, its 2.5 and its 97.5 percentile)} over resampled exchanges (Koehn 2004).
+
+    a[i] and b[i] are the item scores of two systems on the same exchange: N exchanges are drawn from the N with
+    replacement, the same for both systems and for all keys, `resamples` times. An interval without 0 is a difference that
+    other exchanges of the same kind would show too; what another seed of the training would change it does not know.
+    Raises ValueError where the lists are empty or of unequal length.
+    """
+    _some(a)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} items of one system but {len(b)} of the other")
+    differences = np.array([[x[key] - y[key] for key in a[0]] for x, y in zip(a, b, strict=True)])
+    # How often each exchange is drawn says as much as which ones were drawn, and makes a mean a matrix product.
+    drawn = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), size=resamples)
+    low, high = np.percentile(drawn @ differences / len(a), [2.5, 97.5], axis=0)
+    return dict(zip(a[0], zip(differences.mean(0).tolist(), low.tolist(), high.tolist(), strict=True), strict=True))
 
 
 def _some(replies: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """Proximal policy optimisation for a language model, as pure functions.
 
-    prompts --generate--> replies --reward terms--> scores --KL shaping, GAE--> advantages --epochs x minibatches--> policy
+    prompts --generate--> replies --reward terms--> scores --KL shaping--> advantages --epochs x minibatches--> policy
 
 Policy loss (Schulman et al. 2017, eq. 7), over reply tokens, with ratio = exp(logprob - old_logprob):
 
@@ -9,6 +9,9 @@ Policy loss (Schulman et al. 2017, eq. 7), over reply tokens, with ratio = exp(l
 Policy, reference and old policy are the same function with different parameters, always without dropout. Old log-probs are
 recomputed by the function that the update uses, so that the ratio is 1 before the first step; how far the sampler's own
 log-probs were off is logged.
+
+An iteration is `rollout` and then `learn`. Where every reward is computed on the device, both are one compiled program,
+`ppo_iteration`; a reward in plain Python stands between the two, and they are compiled apart.
 """
 
 from __future__ import annotations
@@ -21,24 +24,27 @@ import jax.numpy as jnp
 import optax
 
 from therapy_jax import gpt2, sft
-from therapy_jax.advantages import gae, masked_mean, shape_rewards, whiten
+from therapy_jax.advantages import gae, grpo, masked_mean, over_tokens, rloo, shape_rewards, whiten
 from therapy_jax.batching import Prompt
 from therapy_jax.config import ConfigError, PPOConfig, SamplingConfig
 from therapy_jax.gpt2 import Array, Params
-from therapy_jax.rewards.batch import References
+from therapy_jax.rewards.batch import References, RewardBatch
+from therapy_jax.rewards.combine import Raw, RunningStats
 from therapy_jax.sampling import Reply, generate, reply_hidden, reply_logprobs
 
 Metrics = dict[str, Array]
-ScoreFn = Callable[[Reply, References], tuple[Array, dict[str, Array]]]
+ScoreFn = Callable[[Params, Reply, References, Any], tuple[RewardBatch, Raw]]  # the reference policy is the trunk that reads
+CombineFn = Callable[[Raw, RunningStats], tuple[Array, RunningStats, Metrics]]
 
 
 class PPOState(NamedTuple):
     """All that an iteration changes, and the frozen policy that it stays near."""
 
-    params: Params  # {"policy": GPT-2's, "value": the value head's}
+    params: Params  # {"policy": GPT-2's, "value": {"head": the value head's, and if it is separate "trunk": a GPT-2's}}
     ref_params: Params  # the SFT policy; never written
     opt_state: Any
     kl_coef: Array  # f32[], beta
+    reward_stats: RunningStats  # of each reward term
     step: Array  # i32[], iterations done
 
 
@@ -55,39 +61,82 @@ class Rollout(NamedTuple):
 
 
 def optimizer(cfg: PPOConfig) -> optax.GradientTransformation:
+    """One clip by global norm, then AdamW, with a learning rate of its own for the critic."""
     steps = cfg.iterations * cfg.epochs * cfg.minibatches
-    rate = sft.schedule(cfg.learning_rate, cfg.warmup_steps, steps, final=0.1)
-    adamw = optax.adamw(rate, weight_decay=cfg.weight_decay, mask=sft.decayed)
-    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        rate = sft.schedule(peak, cfg.warmup_steps, steps, final=0.1)
+        return optax.adamw(rate, weight_decay=cfg.weight_decay, mask=sft.decayed)
+
+    parts: dict[Any, Any] = {"policy": adamw(cfg.learning_rate), "value": adamw(cfg.critic_learning_rate or cfg.learning_rate)}
+    by_part = optax.partition(parts, {"policy": "policy", "value": "value"})
+    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), by_part)
 
 
-def init_state(policy: Params, config: gpt2.GPT2Config, tx: optax.GradientTransformation, cfg: PPOConfig) -> PPOState:
-    """Policy and reference start equal, as two copies: the step donates its state, and donated memory has one owner."""
-    value = gpt2.ValueHead().init(jax.random.key(0), jnp.zeros(config.n_embd))["params"]
+def init_state(
+    policy: Params, config: gpt2.GPT2Config, tx: optax.GradientTransformation, cfg: PPOConfig, stats: RunningStats
+) -> PPOState:
+    """Policy, reference and a separate critic start equal, as copies: the step donates its state, and donated memory has
+    one owner."""
+    value = {"head": gpt2.ValueHead().init(jax.random.key(0), jnp.zeros(config.n_embd))["params"]}
+    if cfg.value_head == "separate":
+        value["trunk"] = jax.tree.map(jnp.copy, policy)
     params = {"policy": policy, "value": value}
-    return PPOState(params, jax.tree.map(jnp.copy, policy), tx.init(params), jnp.float32(cfg.kl_coef), jnp.int32(0))
+    beta = jnp.float32(cfg.kl_coef)
+    return PPOState(params, jax.tree.map(jnp.copy, policy), tx.init(params), beta, stats, jnp.int32(0))
 
 
 def read(
-    params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float
+    params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
 ) -> tuple[Array, Array, Array]:
-    """One forward -> (logprobs, entropy, values) of the reply tokens, f32[B,R] each. The value of a token is the critic's
-    guess before it is written: it reads the same hidden state that predicts the token."""
+    """One forward -> (logprobs, entropy, values) of the reply tokens, f32[B,R] each.
+
+    The value of a token is the critic's guess before it is written: it reads the hidden state that predicts the token, of
+    the policy itself (`shared`; `detached`: no gradient goes back into it) or of a `separate` GPT-2. Without a critic
+    (rloo, grpo) values are 0.
+    """
     hidden_BRD = reply_hidden(params["policy"], prompt, tokens, mask, model=model)
     logprobs, entropy = reply_logprobs(params["policy"], hidden_BRD, tokens, mask, model=model, temperature=temperature)
-    values = jnp.asarray(gpt2.ValueHead().apply({"params": params["value"]}, hidden_BRD))
+    if cfg.estimator != "gae":
+        return logprobs, entropy, jnp.zeros_like(logprobs)
+    if cfg.value_head == "separate":
+        hidden_BRD = reply_hidden(params["value"]["trunk"], prompt, tokens, mask, model=model)
+    elif cfg.value_head == "detached":
+        hidden_BRD = jax.lax.stop_gradient(hidden_BRD)
+    values = jnp.asarray(gpt2.ValueHead().apply({"params": params["value"]["head"]}, hidden_BRD))
     return logprobs, entropy, jnp.where(mask, values, 0.0)
 
 
-def make_rollout(
+def rollout(
     state: PPOState,
     prompt: Prompt,
-    reply: Reply,
-    scores: Array,
+    references: References,
+    fixed: Any,
+    key: Array,
     *,
     model: gpt2.GPT2,
+    score_fn: ScoreFn,
+    sampling: SamplingConfig,
     cfg: PPOConfig,
-    temperature: float,
+) -> tuple[Reply, RewardBatch, Raw]:
+    """Each prompt answered cfg.replies_per_prompt times, in a row, and the terms of each reply: N prompts -> B replies.
+
+    `fixed`: arrays that score_fn needs beside the trunk (they come in as arguments, not as constants of the program, so
+    that one compiled program serves every run). The keys of iteration k derive from (key, k).
+    """
+    sample_key, _ = jax.random.split(jax.random.fold_in(key, state.step))
+    prompt, references = repeat((prompt, references), cfg.replies_per_prompt)
+    reply = generate(state.params["policy"], prompt, sample_key, model=model, cfg=sampling)
+    return reply, *score_fn(state.ref_params, reply, references, fixed)
+
+
+def repeat(tree: Any, times: int) -> Any:
+    """Rows of every array `times` times, copies side by side: [N, ...] -> [N * times, ...]."""
+    return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+def judge(
+    state: PPOState, prompt: Prompt, reply: Reply, scores: Array, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
 ) -> tuple[Rollout, Metrics]:
     """Replies and their scores f32[B] -> Rollout, and what it says about the policy so far.
 
@@ -96,7 +145,9 @@ def make_rollout(
     Divergence") is logged beside it. Equal weights give exactly 0 in both.
     """
     mask = reply.mask
-    logprobs, entropy, values = read(state.params, prompt, reply.tokens, mask, model=model, temperature=temperature)
+    logprobs, entropy, values = read(
+        state.params, prompt, reply.tokens, mask, model=model, cfg=cfg, temperature=temperature
+    )
     ref_hidden = reply_hidden(state.ref_params, prompt, reply.tokens, mask, model=model)
     ref_logprobs, _ = reply_logprobs(
         state.ref_params, ref_hidden, reply.tokens, mask, model=model, temperature=temperature
@@ -104,11 +155,9 @@ def make_rollout(
 
     kl = jnp.where(mask, logprobs - ref_logprobs, 0.0)
     rewards = shape_rewards(scores, kl, mask, kl_coef=state.kl_coef)
-    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
-    residual = masked_mean(jnp.square(returns - values), mask)
-    spread = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
     metrics = {
         "score": scores.mean(),
+        "score_sd": scores.std(),
         "shaped_reward": rewards.sum(1).mean(),
         "kl": kl.sum(1).mean(),
         "kl_k3": jnp.where(mask, jnp.exp(-kl) - 1 + kl, 0.0).sum(1).mean(),
@@ -116,9 +165,16 @@ def make_rollout(
         "entropy": masked_mean(entropy, mask),
         "reply_tokens": mask.sum(1).mean(),
         "stop_rate": ((reply.tokens == model.config.eos_token_id) & mask).any(1).mean(),
-        "explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
         "sampler_gap": masked_mean(jnp.abs(reply.logprobs - logprobs), mask),
     }
+    if cfg.estimator == "gae":
+        advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
+        residual = masked_mean(jnp.square(returns - values), mask)
+        spread = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
+        metrics["explained_variance"] = 1.0 - residual / jnp.maximum(spread, 1e-8)
+    else:
+        compare = rloo if cfg.estimator == "rloo" else grpo
+        advantages, returns = over_tokens(compare(rewards.sum(1), cfg.replies_per_prompt), mask), rewards
     advantages = whiten(advantages, mask) if cfg.whiten else advantages
     return Rollout(prompt, reply.tokens, mask, logprobs, values, advantages, returns), metrics
 
@@ -128,28 +184,28 @@ def ppo_loss(
 ) -> tuple[Array, Metrics]:
     """-> (loss f32[], metrics) of a minibatch; means are over reply tokens."""
     mask = rollout.mask
-    logprobs, entropy, values = read(params, rollout.prompt, rollout.tokens, mask, model=model, temperature=temperature)
+    logprobs, entropy, values = read(
+        params, rollout.prompt, rollout.tokens, mask, model=model, cfg=cfg, temperature=temperature
+    )
     log_ratio = jnp.where(mask, logprobs - rollout.old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - cfg.clip, 1 + cfg.clip)
     policy_loss = -masked_mean(jnp.minimum(ratio * rollout.advantages, clipped * rollout.advantages), mask)
-
-    # The value may move by value_clip from where it was, else it pays the larger of both errors.
-    near = rollout.old_values + jnp.clip(values - rollout.old_values, -cfg.value_clip, cfg.value_clip)
-    errors = jnp.maximum(jnp.square(values - rollout.returns), jnp.square(near - rollout.returns))
-    value_loss = 0.5 * masked_mean(errors, mask)
-
     mean_entropy = masked_mean(entropy, mask)
-    loss = policy_loss + cfg.value_coef * value_loss - cfg.entropy_coef * mean_entropy
+    loss = policy_loss - cfg.entropy_coef * mean_entropy
     metrics = {
-        "loss": loss,
         "policy_loss": policy_loss,
-        "value_loss": value_loss,
         "clip_fraction": masked_mean((jnp.abs(ratio - 1) > cfg.clip).astype(jnp.float32), mask),
         "update_kl": masked_mean(ratio - 1 - log_ratio, mask),
         "ratio_gap": jnp.abs(ratio - 1).max(),
     }
-    return loss, metrics
+    if cfg.estimator == "gae":
+        # The value may move by value_clip from where it was, else it pays the larger of both errors.
+        near = rollout.old_values + jnp.clip(values - rollout.old_values, -cfg.value_clip, cfg.value_clip)
+        errors = jnp.maximum(jnp.square(values - rollout.returns), jnp.square(near - rollout.returns))
+        metrics["value_loss"] = 0.5 * masked_mean(errors, mask)
+        loss += cfg.value_coef * metrics["value_loss"]
+    return loss, {"loss": loss, **metrics}
 
 
 def ppo_update(
@@ -165,11 +221,16 @@ def ppo_update(
     """cfg.epochs passes over the rollout in cfg.minibatches random parts: a scan within a scan.
 
     Once the policy has moved by more than cfg.max_update_kl, the rest of the update leaves it as it is (no early exit: the
-    program has one shape). Metrics are means over the steps that were taken; ratio_gap_start is the largest |ratio - 1| of
-    the first one, before anything has moved; skipped counts the steps left out.
+    program has one shape). In the first cfg.critic_warmup iterations the policy's gradients and updates are 0. Metrics are
+    means over the steps that were taken; ratio_gap_start is the largest |ratio - 1| of the first one, before anything has
+    moved; skipped counts the steps left out.
     """
     size = rollout.tokens.shape[0]
     value_and_grad = jax.value_and_grad(ppo_loss, has_aux=True)
+    policy_learns = (state.step >= cfg.critic_warmup).astype(jnp.float32)
+
+    def warm(tree):  # gradients, so that Adam's moments stay clean; updates, for the weight decay
+        return {**tree, "policy": jax.tree.map(lambda x: x * policy_learns, tree["policy"])}
 
     def minibatch_step(carry, indices):
         params, opt_state, stopped = carry
@@ -177,8 +238,9 @@ def ppo_update(
         (_, metrics), grads = value_and_grad(params, part, model=model, cfg=cfg, temperature=temperature)
         if cfg.max_update_kl is not None:
             stopped = stopped | (metrics["update_kl"] > cfg.max_update_kl)
+        grads = warm(grads) if cfg.critic_warmup else grads
         updates, new_opt_state = tx.update(grads, opt_state, params)
-        new = optax.apply_updates(params, updates), new_opt_state
+        new = optax.apply_updates(params, warm(updates) if cfg.critic_warmup else updates), new_opt_state
         params, opt_state = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), (params, opt_state), new)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "skipped": stopped.astype(jnp.float32)}
         return (params, opt_state, stopped), metrics
@@ -216,29 +278,52 @@ def check(sampling: SamplingConfig) -> None:
         raise ConfigError("sampling.temperature 0 (greedy) cannot be used in PPO rollouts: there is nothing to explore")
 
 
+def learn(
+    state: PPOState,
+    prompt: Prompt,
+    reply: Reply,
+    raw: Raw,
+    key: Array,
+    *,
+    model: gpt2.GPT2,
+    tx: optax.GradientTransformation,
+    combine_fn: CombineFn,
+    temperature: float,
+    cfg: PPOConfig,
+) -> tuple[PPOState, Metrics]:
+    """Replies and their raw reward terms -> the state after one iteration, and its metrics."""
+    _, update_key = jax.random.split(jax.random.fold_in(key, state.step))
+    scores, stats, terms = combine_fn(raw, state.reward_stats)
+    prompt = repeat(prompt, cfg.replies_per_prompt)
+    batch, seen = judge(state, prompt, reply, scores, model=model, cfg=cfg, temperature=temperature)
+    state, update = ppo_update(state, batch, update_key, model=model, tx=tx, cfg=cfg, temperature=temperature)
+    kl_coef = adapt_kl_coef(state.kl_coef, seen["kl"], reply.tokens.shape[0], cfg=cfg)
+    state = state._replace(kl_coef=kl_coef, reward_stats=stats, step=state.step + 1)
+    return state, {**seen, **terms, **update}
+
+
 def ppo_iteration(
     state: PPOState,
     prompt: Prompt,
     references: References,
+    fixed: Any,
     key: Array,
     *,
     model: gpt2.GPT2,
     tx: optax.GradientTransformation,
     score_fn: ScoreFn,
+    combine_fn: CombineFn,
     sampling: SamplingConfig,
     cfg: PPOConfig,
 ) -> tuple[PPOState, Metrics]:
     """Rollout, rewards, advantages and all updates: one compiled program, nothing leaves the device in between.
 
-    score_fn(reply, references) -> (scores f32[B], {term: raw f32[B]}). The keys of iteration k derive from (key, k).
+    score_fn(trunk, reply, references, fixed) -> (RewardBatch, {term: raw f32[B]}); combine_fn(raw, statistics) -> (scores f32[B],
+    statistics, metrics). N prompts come in, N * cfg.replies_per_prompt replies are learnt from.
     """
-    sample_key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
-    reply = generate(state.params["policy"], prompt, sample_key, model=model, cfg=sampling)
-    scores, raw = score_fn(reply, references)
-    rollout, seen = make_rollout(state, prompt, reply, scores, model=model, cfg=cfg, temperature=sampling.temperature)
-    state, update = ppo_update(
-        state, rollout, update_key, model=model, tx=tx, cfg=cfg, temperature=sampling.temperature
+    reply, _, raw = rollout(
+        state, prompt, references, fixed, key, model=model, score_fn=score_fn, sampling=sampling, cfg=cfg
     )
-    kl_coef = adapt_kl_coef(state.kl_coef, seen["kl"], reply.tokens.shape[0], cfg=cfg)
-    terms = {f"reward/{name}": values.mean() for name, values in raw.items()}
-    return state._replace(kl_coef=kl_coef, step=state.step + 1), {**seen, **terms, **update}
+    return learn(
+        state, prompt, reply, raw, key, model=model, tx=tx, combine_fn=combine_fn, temperature=sampling.temperature, cfg=cfg
+    )  # fmt: skip

@@ -42,11 +42,12 @@ def main(script: Callable[[Config], None], description: str) -> None:
     """Parse the command line, run the script; a user's mistake ends with one sentence and exit code 2, no traceback."""
     config = config_module.parse(description=description)
     from therapy_jax.checkpoint import CheckpointError
+    from therapy_jax.rewards.custom import RewardError
     from therapy_jax.weights import WeightsError
 
     try:
         script(config)
-    except (ConfigError, DataError, WeightsError, CheckpointError) as error:
+    except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -144,6 +145,62 @@ def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]
     return dataclasses.replace(gpt2_config, compute_dtype=compute_dtype(config)), params, prompts.load_tokenizer(path)
 
 
+def make_scorer(
+    folder: Path, config: Config, data: dict[str, list[Exchange]], gpt2_config: Any, params: Any, tokenizer: Any
+) -> Any:
+    """What gives replies their reward terms (evaluate.Scorer): the SFT model as trunk, the classifiers of the run folder
+    (trained now where there are none yet), and the rewards that the config names."""
+    import jax.numpy as jnp
+
+    from therapy_jax import classifiers, evaluate, gpt2
+    from therapy_jax.rewards import combine, scoring
+    from therapy_jax.rewards.batch import Fixed
+    from therapy_jax.rewards.words import make_vocabulary
+
+    device_custom, host = scoring.load(config.rewards)
+    frozen = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer).frozen
+    fixed = Fixed(make_vocabulary(tokenizer, gpt2_config.padded_vocab_size), frozen)
+    trunk = {name: jnp.asarray(part) if not isinstance(part, dict) else part for name, part in params.items()}
+    weights = combine.weights_of(config.rewards)
+    return evaluate.Scorer(trunk, gpt2.GPT2(gpt2_config), tokenizer, fixed, weights, device_custom, host)
+
+
+def load_language_model(config: Config) -> Any:
+    """The model that says whether replies are language (evaluate.LanguageModel), or None where the config names none. It
+    must come from another seed than this run: what a policy was trained with would only praise itself."""
+    from therapy_jax import evaluate, gpt2
+
+    if config.evaluate.language_model is None:
+        return None
+    folder = Path(config.evaluate.language_model).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"evaluate.language_model: {folder} is no run folder (it has no config.yaml)")
+    theirs = config_module.load(folder / "config.yaml")
+    if theirs.seed == config.seed:
+        raise ConfigError(f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's")
+    gpt2_config, params, tokenizer = load_model(folder, "sft", config)
+    return evaluate.LanguageModel(params, gpt2.GPT2(gpt2_config), tokenizer, theirs.prompt)
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[Callable[[], int]]:
+    """Yields a function that says how many programs XLA was asked for since (compiled, or taken from the cache): a loop
+    that compiles at every step is a loop that is broken, and nothing else would tell."""
+    from jax import monitoring
+
+    count = 0
+
+    def listener(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield lambda: count
+    finally:
+        monitoring.unregister_event_duration_listener(listener)
+
+
 def note_environment(folder: Path, stage: str, seconds: float) -> None:
     """Add to environment.json what a table in a README must name beside its figures."""
     import jax
@@ -196,6 +253,14 @@ def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started
     }
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def logged(folder: Path, stage: str, step: int) -> dict[str, Any]:
+    """What `log` wrote for a step; empty where there is nothing."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = [record for line in lines if (record := json.loads(line))["stage"] == stage and record["step"] == step]
+    return found[-1] if found else {}
 
 
 def log_samples(

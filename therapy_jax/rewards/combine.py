@@ -1,19 +1,27 @@
-"""Named terms, weighed and reported: total = sum over terms of weight * value."""
+"""Named terms, weighed and reported: total = sum over terms of weight * value.
+
+`raw_terms` computes them, `combine` makes one score per reply and says what each term did to it. With standardising, a
+term enters as (value - mean) / sd of all its values so far, so that none rules by its scale alone; those running
+statistics are state, and belong to the checkpoint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from therapy_jax.config import RewardWeights
+from therapy_jax.config import RewardConfig
 from therapy_jax.gpt2 import Array
-from therapy_jax.rewards import emotion, form, overlap
+from therapy_jax.rewards import emotion, form, meaning, overlap, strategy
 from therapy_jax.rewards.batch import RewardBatch
 
 Term = Callable[[RewardBatch], Array]
+Raw = dict[str, Array]  # name -> f32[B]
 
 
 def on_words(metric: Callable[..., Array]) -> Term:
@@ -26,28 +34,98 @@ TERMS: dict[str, Term] = {  # the names are the fields of config.RewardWeights
     "rouge2": on_words(functools.partial(overlap.rouge_n, n=2)),
     "rouge_l": on_words(overlap.rouge_l),
     "bleu": on_words(overlap.bleu),
+    "semantic": meaning.semantic,
+    "context": meaning.context,
     "emotion_stated": emotion.stated,
+    "emotion_expressed": emotion.expressed,
+    "strategy": strategy.strategy,
     "repetition": form.repetition,
+    "sameness": form.sameness,
     "length": form.length,
     "ending": form.ending,
+    "manner": form.manner,
 }
 
 
-def score(
-    batch: RewardBatch, weights: RewardWeights, terms: Mapping[str, Term] = TERMS
-) -> tuple[Array, dict[str, Array]]:
-    """-> (total f32[B], {name: raw value f32[B]}), every term computed, also those of weight 0.
+class RunningStats(NamedTuple):
+    """Of every value of a term so far. Pytrees of f32[], one leaf a term."""
 
-    Raises ValueError, naming the term, where one gives another shape than [B] or another dtype than float32: a single
-    number would silently broadcast, and integers would silently lose fractions.
-    """
-    size = batch.words.shape[:1]
-    raw = {name: term(batch) for name, term in terms.items()}
+    count: dict[str, Array]
+    mean: dict[str, Array]
+    m2: dict[str, Array]  # sum of squared distances from the mean
+
+
+def init_stats(names: Iterable[str]) -> RunningStats:
+    return RunningStats(*({name: jnp.float32(0) for name in names} for _ in range(3)))
+
+
+def update_stats(stats: RunningStats, raw: Raw) -> RunningStats:
+    """One batch more: Chan, Golub & LeVeque 1979, "Updating formulae", eq. 2.1. Exact, whatever the batches were."""
+    count, mean, m2 = {}, {}, {}
     for name, values in raw.items():
-        if values.shape != size or values.dtype != jnp.float32:
-            raise ValueError(
-                f"reward term {name} gives {values.dtype}{list(values.shape)}, it must give float32{list(size)}"
-            )
-    wanted = dataclasses.asdict(weights)
-    total = sum((wanted[name] * values for name, values in raw.items()), start=jnp.zeros(size, jnp.float32))
-    return total, raw
+        n, size = stats.count[name], values.shape[0]
+        delta = values.mean() - stats.mean[name]
+        count[name] = n + size
+        mean[name] = stats.mean[name] + delta * size / count[name]
+        m2[name] = stats.m2[name] + jnp.square(values - values.mean()).sum() + jnp.square(delta) * n * size / count[name]
+    return RunningStats(count, mean, m2)
+
+
+def weights_of(config: RewardConfig) -> dict[str, float]:
+    """Every weight by name, those of a custom reward too."""
+    return dataclasses.asdict(config.weights) | (config.custom.weights if config.custom else {})
+
+
+def check(name: str, values: Any, size: int) -> None:
+    """Raises ValueError, naming the term, for another shape than [B] or another dtype than float32: a single number would
+    silently broadcast, and integers would silently lose fractions."""
+    if getattr(values, "shape", None) != (size,) or values.dtype != jnp.float32:
+        what = f"{values.dtype}{list(values.shape)}" if hasattr(values, "dtype") else type(values).__name__
+        raise ValueError(f"reward term {name} gives {what}, it must give float32[{size}]")
+
+
+def raw_terms(
+    batch: RewardBatch, custom: Callable[[RewardBatch], Mapping[str, Array]] | None = None,
+    terms: Mapping[str, Term] = TERMS,
+) -> Raw:  # fmt: skip
+    """-> {name: f32[B]}, every term computed, also those of weight 0. `custom`: more of them from a user's function, which
+    may not take a name that stands here. Raises ValueError (see `check`)."""
+    raw = {name: term(batch) for name, term in terms.items()}
+    more = custom(batch) if custom else {}
+    if not isinstance(more, Mapping):
+        raise ValueError(f"the custom reward gives a {type(more).__name__}, it must give a dict of name to float32[B]")
+    if taken := sorted(set(raw) & set(more)):
+        raise ValueError(f"the custom reward gives {', '.join(taken)}, which is a term of ours; choose another name")
+    raw |= dict(more)
+    for name, values in raw.items():
+        check(name, values, batch.tokens.shape[0])
+    return raw
+
+
+def combine(
+    raw: Raw, weights: Mapping[str, float], stats: RunningStats, *, standardise: bool
+) -> tuple[Array, RunningStats, dict[str, Array]]:
+    """-> (scores f32[B], the statistics with this batch in them, metrics).
+
+    Metrics, for each term: reward/NAME its mean, reward_sd/NAME its standard deviation, weighted/NAME what it adds to the
+    mean score, share/NAME = cov(its part of the score, score) / var(score), its share of the score's variance: the shares
+    sum to 1, and say which term the policy in fact follows. A name without a weight has weight 1.
+    """
+    stats = update_stats(stats, raw)
+    metrics: dict[str, Array] = {}
+    parts = {}
+    for name, values in raw.items():
+        metrics[f"reward/{name}"], metrics[f"reward_sd/{name}"] = values.mean(), values.std()
+        if standardise:
+            variance = stats.m2[name] / stats.count[name]
+            # A term that never changes has nothing to say, and rounding is not a change.
+            flat = variance <= 1e-10 * (1.0 + jnp.square(stats.mean[name]))
+            values = jnp.where(flat, 0.0, (values - stats.mean[name]) * jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
+        parts[name] = weights.get(name, 1.0) * values
+        metrics[f"weighted/{name}"] = parts[name].mean()
+    scores = sum(parts.values(), start=jnp.zeros_like(next(iter(raw.values()))))
+    variance = scores.var()
+    for name, part in parts.items():
+        covariance = ((part - part.mean()) * (scores - scores.mean())).mean()
+        metrics[f"share/{name}"] = jnp.where(variance > 0, covariance / jnp.where(variance > 0, variance, 1.0), 0.0)
+    return scores, stats, metrics

@@ -1,12 +1,35 @@
-"""Form: a reply should not repeat itself, be about as long as a therapist's, and come to an end."""
+"""Form: a reply should not repeat itself or what everybody is told, be about as long as a therapist's, come to an end, and
+neither judge, diagnose nor prescribe."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
 from therapy_jax.gpt2 import Array
 from therapy_jax.rewards.batch import RewardBatch
 from therapy_jax.rewards.overlap import ngrams
+from therapy_jax.rewards.words import BASE, hash_words
+
+# Phrases that a therapist does not say: a coarse net against the worst, no proof of good manners.
+JUDGES = (
+    "your own fault", "it is your fault", "it's your fault", "you should be ashamed", "shame on you", "you are crazy",
+    "you're crazy", "you are weak", "you're weak", "you are lazy", "you're lazy", "you are stupid", "you're stupid",
+    "get over it", "snap out of it", "man up", "you need to grow up", "stop crying", "stop whining", "you are overreacting",
+    "you're overreacting", "you are pathetic", "you're pathetic", "what is wrong with you", "what's wrong with you",
+    "you are a bad", "you're a bad",
+)  # fmt: skip
+DIAGNOSES = (
+    "you are bipolar", "you're bipolar", "you are psychotic", "you're psychotic", "you are clinically", "you're clinically",
+    "you have depression", "you have clinical depression", "you have an anxiety disorder", "you have a personality disorder",
+    "you have ptsd", "you have adhd", "you suffer from", "you are a narcissist", "you're a narcissist", "my diagnosis",
+    "i diagnose", "you are borderline", "you're borderline", "your disorder",
+)  # fmt: skip
+PRESCRIBES = (
+    "you should take medication", "you need to take your medication", "take your pills", "take these pills",
+    "stop taking your", "stop your medication", "increase your dose", "double your dose", "your dosage", "milligrams", "mg",
+    "i prescribe", "i'll prescribe", "i will prescribe", "antidepressants", "sleeping pills", "tranquilizers",
+)  # fmt: skip
 
 
 def repetition(batch: RewardBatch) -> Array:
@@ -26,3 +49,35 @@ def length(batch: RewardBatch) -> Array:
 def ending(batch: RewardBatch) -> Array:
     """1 for a reply that stops (EOS) at the end of a sentence, 0.5 for one that merely stops, 0 for one that was cut."""
     return jnp.where(batch.ended, jnp.where(batch.ends_sentence, 1.0, 0.5), 0.0)
+
+
+def sameness(batch: RewardBatch) -> Array:
+    """Minus the share of the reply's word bigrams that the batch has said already: f32[B] in [-1, 0].
+
+        -mean over the reply's bigrams b of (1 - 1 / count of b in the whole batch)
+
+    Each bigram of the batch counts as new once, shared out among all who say it; so 1 + the mean over all bigrams is
+    Distinct-2 of the batch (Li et al. 2016). A mark stands before the first word: replies of one word have a bigram too,
+    and a policy that always says the same earns -1 + 1 / B, whatever it says.
+    """
+    start = jnp.ones_like(batch.words[:, :1])
+    grams, valid = ngrams(
+        jnp.concatenate([start, batch.words], 1), jnp.concatenate([start.astype(bool), batch.words_mask], 1), 2
+    )
+    first, second = (grams[..., i].astype(jnp.uint32) for i in (0, 1))
+    keys = first * jnp.uint32(0x9E3779B1) + second * jnp.uint32(BASE)  # one number a bigram; 2^-32 for two to meet
+    flat = jnp.sort(jnp.where(valid, keys, jnp.uint32(0)).ravel())  # hidden places are counted with key 0, and not read
+    count = jnp.searchsorted(flat, keys, side="right") - jnp.searchsorted(flat, keys, side="left")
+    old = jnp.where(valid, 1.0 - 1.0 / jnp.maximum(count, 1), 0.0)
+    return -(old.sum(-1) / jnp.maximum(valid.sum(-1), 1)).astype(jnp.float32)
+
+
+def manner(batch: RewardBatch) -> Array:
+    """-1 where the reply holds a phrase that judges, diagnoses or prescribes, else 0: f32[B]."""
+    found = jnp.zeros(batch.words.shape[:1], bool)
+    phrases = [hash_words(text) for text in (*JUDGES, *DIAGNOSES, *PRESCRIBES)]
+    for n in sorted(set(map(len, phrases))):
+        table = np.asarray([ids for ids in phrases if len(ids) == n], np.uint32).view(np.int32)
+        grams, valid = ngrams(batch.words, batch.words_mask, n)
+        found |= ((grams[:, :, None] == table).all(-1).any(-1) & valid).any(-1)
+    return -found.astype(jnp.float32)

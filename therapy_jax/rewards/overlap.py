@@ -46,8 +46,8 @@ def rouge_n(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array, n: int) ->
     return f1(*matches(hyp, hyp_mask, ref, ref_mask, n))
 
 
-def rouge_l(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
-    """ROUGE-L F1 (Lin 2004, section 3): F1 of the longest common subsequence.
+def common_subsequence(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
+    """Length of the longest common subsequence in words, f32[B].
 
     One row of the classic table per word of hyp: new[j] = max(old[j], new[j-1], old[j-1] + 1 if the words are equal). Rows
     never fall, so the dependence on new[j-1] is a running maximum, and a row is one vector operation.
@@ -60,7 +60,12 @@ def rouge_l(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
         return jax.lax.cummax(jnp.maximum(row, diagonal), axis=1), None
 
     row, _ = jax.lax.scan(next_row, jnp.zeros(ref.shape, jnp.int32), (hyp.T, hyp_mask.T))
-    return f1(row[:, -1].astype(jnp.float32), hyp_mask.sum(-1), ref_mask.sum(-1))
+    return row[:, -1].astype(jnp.float32)
+
+
+def rouge_l(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
+    """ROUGE-L F1 (Lin 2004, section 3): F1 of the longest common subsequence."""
+    return f1(common_subsequence(hyp, hyp_mask, ref, ref_mask), hyp_mask.sum(-1), ref_mask.sum(-1))
 
 
 def bleu(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:

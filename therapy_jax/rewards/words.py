@@ -41,6 +41,17 @@ class Vocabulary(NamedTuple):
     reply: Array  # i32[], <|reply|>
 
 
+def hash_words(text: str) -> list[int]:
+    """The hash of each word of a text, as `fold` computes it from tokens; on the host, for tables of words and phrases."""
+    values = []
+    for word in RUN.findall(text.lower()):
+        value = 0
+        for letter in word.encode():
+            value = (value * BASE + letter) % 2**32
+        values.append(value)
+    return values
+
+
 def make_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     """Tables for a tokenizer; `size` >= len(tokenizer), usually the padded vocabulary. A token with two separate runs of
     letters (none in GPT-2's pre-tokenization of ASCII text) counts with its last one."""
@@ -55,10 +66,7 @@ def make_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         if runs:
             has[i], before[i], after[i] = True, not RUN.match(text), not RUN.match(text[-1])
             before[i] |= len(runs) > 1
-            value = 0
-            for letter in runs[-1].encode():
-                value = (value * BASE + letter) % 2**32
-            hashes[i], power[i] = value, pow(BASE, len(runs[-1]), 2**32)
+            hashes[i], power[i] = hash_words(runs[-1])[0], pow(BASE, len(runs[-1]), 2**32)
     words = emotion_ids(tokenizer)
     table = np.full((len(words), max(map(len, words))), -1, np.int32)
     for row, ids in zip(table, words, strict=True):

@@ -1,0 +1,116 @@
+"""A whole experiment: every cell of the config's grid, for as many seeds as --seeds N says (default 1), then one table.
+
+Each cell is a run folder as the other scripts make it. Stopped and started again, also by kill -9, the same command skips
+what is finished and goes on with the rest; more seeds may be asked for later. results.json, table.md and curves.png in
+run_dir hold what came out.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import evaluate as evaluation  # scripts/evaluate.py
+import train_ppo
+import train_sft
+
+from therapy_jax import config as config_module
+from therapy_jax import grid, run, sharding, weights
+from therapy_jax.config import Config, ConfigError
+from therapy_jax.dialogue import Report, read_dialogues
+from therapy_jax.run import console, escape
+
+
+def main(config: Config, seeds: int) -> None:
+    cells = grid.expand(config, seeds)
+    judge = grid.language_model(config)
+    check_split(config, {c.config.seed for c in cells} | ({judge.seed} if judge else set()))
+    folder = run.start(config, "reproduce")
+
+    finish(grid.shared(config), pretrain)
+    if judge is not None:
+        finish(judge, train_sft.main)
+    for i, cell in enumerate(cells):
+        console.rule(f"{escape(cell.name)}, seed {cell.config.seed} ({i + 1} of {len(cells)})", align="left")
+        if cell.source:
+            lend(cell.folder.parent / cell.source, cell.folder)
+        finish(cell.config, train_ppo.main if cell.source else train_sft.main, evaluation.main)
+
+    results = grid.summary(config, cells)
+    run.write_json(folder / "results.json", results)
+    (folder / "table.md").write_text(grid.markdown(results), encoding="utf-8")
+    if config.grid.ppo:
+        grid.curves(cells, folder / "curves.png")
+        console.print(grid.screen(grid.comparison_rows(results, intervals=False)))
+        console.print("* the 95 % interval of the difference (in table.md) leaves 0 out")
+    console.print(grid.screen(grid.main_rows(results)))
+    console.print(f"{results['hours']:.2f} h in all; written: {escape(str(folder))}/results.json, table.md, curves.png")
+
+
+def finish(config: Config, *stages: Callable[[Config], None]) -> None:
+    """Run the stages of one folder, unless they were all finished with this very config."""
+    folder, wanted = Path(config.run_dir).expanduser(), config_module.to_yaml(config)
+    done = folder / "finished.yaml"
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+        console.print(f"finished before: {escape(str(folder))}")
+        return
+    done.unlink(missing_ok=True)  # other settings: what the stages write from here on is no longer what it vouched for
+    for stage in stages:
+        stage(config)
+    partial = done.with_suffix(".partial")
+    partial.write_text(wanted, encoding="utf-8")
+    os.replace(partial, done)
+
+
+def pretrain(config: Config) -> None:
+    """The model that all cells start from."""
+    folder = run.start(config, "pretrain")
+    dialogues = run.read_data(config.data, config.seed)
+    made = train_sft.make_base(config, folder, dialogues, sharding.make_mesh(config.mesh))
+    weights.save_pretrained(folder / "base" / "model", *made)
+
+
+def lend(source: Path, target: Path) -> None:
+    """A PPO cell finds its SFT cell's model, and classifiers where there are any, in its own folder: by relative links, so
+    that the whole experiment can be moved."""
+    for name in ("sft/model", "classifiers"):
+        link = target / name
+        if (source / name).is_dir() and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(source / name, link.parent), target_is_directory=True)
+
+
+def check_split(config: Config, seeds: set[int]) -> None:
+    """Raises ConfigError where each seed would split the conversations anew: seeds could not be compared, and the shared
+    pre-training would have read another seed's test split."""
+    data = config.data
+
+    def split_of(seed: int) -> dict[str, list[str]]:
+        parts = read_dialogues(data.path, data.format, data.splits, data.clean, data.on_bad_row, seed, Report())
+        return {name: [d.conversation_id for d in part] for name, part in parts.items()}
+
+    if any(split_of(seed) != split_of(config.seed) for seed in seeds - {config.seed}):
+        raise ConfigError("data.splits: each seed would split these conversations anew; name a file of fixed splits")
+
+
+def take_seeds(argv: list[str]) -> tuple[int, list[str]]:
+    """--seeds N is this script's alone: -> (N, what is left for the parser of the config)."""
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--config FILE.yaml] [--seeds N] [--section.name VALUE ...]", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", type=positive, default=1)
+    known, rest = parser.parse_known_args(argv)
+    return known.seeds, rest
+
+
+if __name__ == "__main__":
+    asked, sys.argv[1:] = take_seeds(sys.argv[1:])
+    run.main(functools.partial(main, seeds=asked), __doc__ or "")

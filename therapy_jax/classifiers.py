@@ -1,0 +1,470 @@
+"""What the frozen SFT model reads in a text: emotion, strategy and meaning, for the rewards; and who checks the readers.
+
+    tokens -> frozen trunk -> hidden states of three depths -> pooled over the text: its "reading", f32[F]
+    reading -> small heads, trained here on annotated training turns -> emotion | strategy | the client's emotion
+    reading -> whitened (Su et al. 2021, arXiv 2103.15316) -> meaning, comparable by cosine
+
+The trunk never learns here, so every reading is computed once and a head trains in seconds. A reward that reads emotion
+by one model should be judged by another: `fit_evaluator` is TF-IDF + logistic regression on the same annotated turns.
+
+Axes: B batch, T tokens, D width of the trunk, F width of a reading, M members of a head, C classes, W whitened width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from therapy_jax import batching, gpt2, metrics, prompts, run
+from therapy_jax.checkpoint import flatten
+from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConfig
+from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
+from therapy_jax.gpt2 import Params
+
+Array = jax.Array
+
+FORMAT = 1  # of what `save` writes
+CLASSES = {"emotion": EMOTIONS, "strategy": STRATEGIES, "client_emotion": EMOTIONS}
+WHITENED = 64  # at most: Su et al. find that the leading directions carry the meaning, the rest noise
+WIDTHS = 6  # F / D: mean and maximum of three depths
+TOKENS_AT_ONCE = 8192  # in one batch of readings
+
+
+class Frozen(NamedTuple):
+    """What reward terms need beside the trunk, as arrays."""
+
+    emotion: Params  # head over EMOTIONS
+    strategy: Params  # head over STRATEGIES
+    emotion_prior: Array  # f32[7], share of each emotion among the annotated therapist turns of train's exchanges
+    strategy_prior: Array  # f32[10], likewise; both zeros where nothing is annotated
+    centre: Array  # f32[D]
+    whiten: Array  # f32[D, W]: cos((a - centre) @ whiten, (b - centre) @ whiten) is a usable likeness in meaning
+
+
+class Classifiers(NamedTuple):
+    """All that is saved in run_dir/classifiers."""
+
+    frozen: Frozen
+    client_emotion: Params  # head over EMOTIONS, on `read_client`
+    heads: dict[str, Head]  # by the keys of CLASSES: heads["emotion"].apply({"params": frozen.emotion}, reading)
+    report: dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------- readings
+
+
+def states(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
+    """Hidden states after all blocks and after half of them (both through the final layer norm), and the
+    token embeddings -> f32[B, T, 3D]."""
+
+    def after(layers: int) -> Array:
+        shallow = gpt2.GPT2(dataclasses.replace(model.config, n_layer=layers))
+        blocks = jax.tree.map(lambda x: x[:layers], params["blocks"])
+        return shallow.apply({"params": {**params, "blocks": blocks}}, tokens, mask, method="hidden")[0]
+
+    depth = model.config.n_layer
+    return jnp.concatenate([after(depth), after(max(depth // 2, 1)), params["wte"][tokens]], -1)
+
+
+def pool(states_BTS: Array, mask: Array) -> Array:
+    """Mean, then maximum, over the tokens where mask -> f32[B, 2S]; zeros where there is none."""
+    count = mask.sum(-1, keepdims=True)
+    mean = jnp.where(mask[..., None], states_BTS, 0.0).sum(1) / jnp.maximum(count, 1)
+    highest = jnp.where(mask[..., None], states_BTS, -jnp.inf).max(1)
+    return jnp.concatenate([mean, jnp.where(count > 0, highest, 0.0)], -1)
+
+
+def read(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
+    """The reading of a text: tokens i32[B,T], mask bool[B,T] (padding on either side) -> f32[B, F].
+
+    Its first D entries are the mean of the last hidden state. A row without a token reads as zeros.
+    """
+    return pool(states(params, tokens, mask, model=model), mask)
+
+
+def read_client(params: Params, tokens: Array, mask: Array, now: Array, *, model: gpt2.GPT2) -> Array:
+    """The reading of a client's utterance in its context: `now` bool[B,T] marks the utterance within a prompt ->
+    f32[B, 2F], pooled over the utterance (read with the context before it), then over the context."""
+    states_BTS = states(params, tokens, mask, model=model)
+    return jnp.concatenate([pool(states_BTS, now), pool(states_BTS, mask & ~now)], -1)
+
+
+def readings(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2) -> np.ndarray:
+    """`read` of many texts given as ids, of any lengths -> f32[N, F]. A text keeps its first n_positions tokens."""
+    longest = model.config.n_positions
+    return _in_batches(_read, params, [list(row[:longest]) for row in rows], [0] * len(rows), model)[:, 0]
+
+
+def client_readings(
+    params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int
+) -> np.ndarray:
+    """`read_client` of each exchange's client turn -> f32[N, 2F]. The annotation is not in what is read."""
+    form = PromptConfig("context_emotion", "inferred", max_tokens)
+    rows = [prompts.encode_prompt(tokenizer, e.context, e.client, form)[0] for e in exchanges]
+    marker = tokenizer.convert_tokens_to_ids("<|utterance|>")
+    rows = [row[-model.config.n_positions :] for row in rows]
+    starts = [len(row) - row[::-1].index(marker) if marker in row else 0 for row in rows]
+    found = _in_batches(_read, params, rows, starts, model)
+    return found.reshape(len(rows), -1)
+
+
+# jit keeps its programs by function: it stands here by name, so that a second call does not compile again.
+@functools.partial(jax.jit, static_argnames="model")
+def _read(params: Params, tokens: Array, mask: Array, starts: Array, *, model: gpt2.GPT2) -> Array:
+    now = mask & (jnp.arange(tokens.shape[1]) >= starts[:, None])
+    return jnp.stack(jnp.split(read_client(params, tokens, mask, now, model=model), 2, -1), 1)
+
+
+def _in_batches(program: Any, params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2) -> np.ndarray:
+    """`program` over rows, in batches of one length each, a power of two: few shapes to compile."""
+    lengths = np.asarray([max(32, 1 << (max(len(row), 1) - 1).bit_length()) for row in rows], int)
+    out = np.zeros((len(rows), 2, WIDTHS * model.config.n_embd), np.float32)
+    for length in np.unique(lengths).tolist():
+        where, size = np.flatnonzero(lengths == length), max(TOKENS_AT_ONCE // length, 1)
+        for part in (where[k : k + size] for k in range(0, len(where), size)):
+            filled = [*part, *[part[0]] * (size - len(part))]
+            tokens, mask = batching.pad([rows[i] for i in filled], length, "right")
+            found = np.asarray(program(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model))
+            out[part] = found[: len(part)]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+
+
+class Member(nn.Module):
+    """reading -> dropout -> hidden units, ReLU -> dropout -> logits; a linear map where hidden = 0."""
+
+    classes: int
+    hidden: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        noise = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        x = noise(x)
+        if self.hidden:
+            x = noise(nn.relu(nn.Dense(self.hidden, name="hidden")(x)))
+        return nn.Dense(self.classes, name="classes")(x)
+
+
+class Head(nn.Module):
+    """M members that differ by their start and their dropout; their mean probability is the answer."""
+
+    classes: int
+    hidden: int = 128
+    dropout: float = 0.3
+    members: int = 5
+
+    def setup(self):
+        axes = dict(in_axes=None, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+        many: Any = nn.vmap(Member, axis_size=self.members, **axes)  # pyright: ignore[reportArgumentType]
+        self.member = many(self.classes, self.hidden, self.dropout)
+
+    def each(self, reading: Array) -> Array:
+        """reading f32[B,F] -> log probabilities of each member, f32[M,B,C]. Dropout is on where apply() is given rngs."""
+        return jax.nn.log_softmax(self.member(reading))
+
+    def __call__(self, reading: Array) -> Array:
+        """log mean_m p_m(class | reading), f32[B,C]: normalised logits."""
+        return jax.nn.logsumexp(self.each(reading), axis=0) - jnp.log(self.members)
+
+
+def make_heads(config: ClassifierConfig) -> dict[str, Head]:
+    return {name: Head(len(c), config.hidden, config.dropout, config.members) for name, c in CLASSES.items()}
+
+
+def head_loss(params: Params, x: Array, labels: Array, weights: Array, key: Array, *, head: Head) -> Array:
+    """Mean cross-entropy of the members, each example weighed by its class: sum_i w_{y_i} (-log p(y_i)) / sum_i w_{y_i}."""
+    logp_MBC = head.apply({"params": params}, x, rngs={"dropout": key}, method="each")
+    chosen = jnp.take_along_axis(logp_MBC, labels[None, :, None], -1)[..., 0].mean(0)  # pyright: ignore
+    return -(weights[labels] * chosen).sum() / weights[labels].sum()
+
+
+@functools.partial(jax.jit, static_argnames=("head", "tx", "batch_size"))
+def _epoch(state, x, labels, weights, x_held, key, *, head: Head, tx: optax.GradientTransformation, batch_size: int):
+    """One pass in random order (the last, smaller batch is left out) -> state, log probabilities of the held-out rows."""
+    steps = len(labels) // batch_size
+    order = jax.random.permutation(key, len(labels))[: steps * batch_size].reshape(steps, batch_size)
+
+    def step(state, indices):
+        params, opt = state
+        noise = jax.random.fold_in(key, indices[0])
+        grads = jax.grad(head_loss)(params, x[indices], labels[indices], weights, noise, head=head)
+        updates, opt = tx.update(grads, opt, params)
+        return (optax.apply_updates(params, updates), opt), None
+
+    params, opt = jax.lax.scan(step, state, order)[0]
+    return (params, opt), head.apply({"params": params}, x_held)
+
+
+def fit_head(
+    head: Head, x: np.ndarray, labels: np.ndarray, x_held: np.ndarray, labels_held: np.ndarray,
+    config: ClassifierConfig, seed: int,
+) -> tuple[Params, dict[str, Any]]:  # fmt: skip
+    """Readings f32[N,F] and labels i64[N] (-1 = not annotated) of train, and held-out ones -> params, what was chosen.
+
+    Plain and class-balanced cross-entropy are both tried (balanced: w_c = N / (C N_c), as scikit-learn has it), and of
+    all passes of both the one with the best held-out macro-F1 is kept, the earliest of equals; the last pass where no
+    held-out label is known. Without a label in train the parameters are zeros, which answers uniformly.
+    """
+    x, labels = x[labels >= 0], labels[labels >= 0]
+    x_held, labels_held = x_held[labels_held >= 0], labels_held[labels_held >= 0]
+    params = head.init(jax.random.key(seed), jnp.zeros((1, x.shape[1])))["params"]
+    if not len(labels):
+        return jax.tree.map(jnp.zeros_like, params), {"annotated": 0}
+    gold = labels_held.astype(str).tolist()
+    mean, spread = x.mean(0), x.std(0)
+    spread = np.where(spread > 1e-6, spread, 1.0)
+    x, x_held = (x - mean) / spread, (x_held - mean) / spread
+
+    counts = np.bincount(labels, minlength=head.classes)
+    balanced = np.where(counts > 0, len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), 0.0)
+    tx = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    program = functools.partial(_epoch, head=head, tx=tx, batch_size=min(config.batch_size, len(labels)))
+    best: tuple[float, Params, dict[str, Any]] = (-1.0, params, {})
+    for name, weights in (("plain", np.ones(head.classes)), ("balanced", balanced)):
+        state = (params, tx.init(params))
+        for epoch in range(1, config.epochs + 1):
+            key = jax.random.fold_in(jax.random.key(seed), epoch)
+            state, logits = program(state, x, labels, weights.astype(np.float32), x_held, key)
+            f1 = scores(np.asarray(logits).argmax(-1).astype(str), gold)["macro_f1"] if gold else 0.0
+            if f1 > best[0] or not gold:
+                chosen = {"loss": name, "epoch": epoch, "validation_macro_f1": f1}
+                best = (f1, state[0], {"annotated": len(labels), **chosen})
+    return _fold(best[1], mean, spread), best[2]
+
+
+def _fold(params: Params, mean: np.ndarray, spread: np.ndarray) -> Params:
+    """A head on (x - mean) / spread -> the same head on x: standardising goes into the first layer."""
+    first = "hidden" if "hidden" in params["member"] else "classes"
+    kernel, bias = (np.asarray(params["member"][first][name], np.float64) for name in ("kernel", "bias"))
+    kernel = kernel / spread[:, None]
+    layer = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias - mean @ kernel, jnp.float32)}
+    return {"member": {**params["member"], first: layer}}
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def said(name: str, exchanges: Iterable[Exchange]) -> list[Turn]:
+    """The turns that a head learns from: both speakers', the therapist's, or the client's."""
+    by = {"emotion": ("client", "therapist"), "strategy": ("therapist",), "client_emotion": ("client",)}[name]
+    return [getattr(e, speaker) for e in exchanges for speaker in by]
+
+
+def label_ids(name: str, exchanges: Iterable[Exchange]) -> np.ndarray:
+    """The labels of `said` -> i64[N]; -1 = none, or one of another set (EmpatheticDialogues' 32 emotions)."""
+    classes = CLASSES[name]
+    labels = [turn.strategy if name == "strategy" else turn.emotion for turn in said(name, exchanges)]
+    return np.asarray([classes.index(label) if label in classes else -1 for label in labels], int)
+
+
+def prior(labels: np.ndarray, classes: int) -> np.ndarray:
+    """The share of each class among the annotated -> f32[C], zeros where nothing is."""
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
+    return (counts / max(counts.sum(), 1)).astype(np.float32)
+
+
+def whitening(x: np.ndarray, width: int = WHITENED) -> tuple[np.ndarray, np.ndarray]:
+    """PCA whitening: x f32[N,D] -> centre f32[D], whiten f32[D,W] such that the rows of (x - centre) @ whiten have
+    covariance I (Su et al. 2021, section 3), along the W <= width directions of most variance; those of no variance are
+    left out. Raises DataError where x does not vary at all."""
+    centre = x.mean(0, dtype=np.float64)
+    values, vectors = np.linalg.eigh(np.cov(x.astype(np.float64), rowvar=False, bias=True))
+    values, vectors = values[::-1][:width], vectors[:, ::-1][:, :width]
+    keep = values > 1e-6 * max(values[0], 1e-12)
+    if not keep.any():
+        raise DataError("train: all turns of the therapist are alike, so no meaning can be compared; give more data")
+    return centre.astype(np.float32), (vectors[:, keep] / np.sqrt(values[keep])).astype(np.float32)
+
+
+def train(
+    data: dict[str, list[Exchange]], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config
+) -> Classifiers:
+    """All three heads and the statistics, from train and validation alone. A pure function of its arguments."""
+    if not data["train"]:
+        raise DataError("the train split is empty, so no classifier can be trained; check data.path and data.splits")
+    heads, fitted = make_heads(config.classifiers), {}
+    both = {split: data.get(split, []) for split in ("train", "validation")}
+    look = functools.partial(examples, params=params, tokenizer=tokenizer, model=model, config=config)
+    x = {(name, split): look(name, part) for name in ("emotion", "client_emotion") for split, part in both.items()}
+    x |= {("strategy", split): x["emotion", split][1::2] for split in both}  # a therapist's turn follows each client's
+    for name, head in heads.items():
+        pairs = [(x[name, split], label_ids(name, part)) for split, part in both.items()]
+        fitted[name] = fit_head(head, *pairs[0], *pairs[1], config.classifiers, config.seed)
+    statistics = (
+        prior(label_ids("emotion", data["train"])[1::2], len(EMOTIONS)),
+        prior(label_ids("strategy", data["train"]), len(STRATEGIES)),
+        *whitening(x["strategy", "train"][:, : model.config.n_embd]),
+    )
+    frozen = Frozen(fitted["emotion"][0], fitted["strategy"][0], *map(jnp.asarray, statistics))
+    report = {name: chosen for name, (_, chosen) in fitted.items()}
+    return Classifiers(frozen, fitted["client_emotion"][0], heads, {"heads": report})
+
+
+def examples(
+    name: str, exchanges: Sequence[Exchange], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config
+) -> np.ndarray:
+    """What a head reads of each turn of `said` -> f32[N, F], for client_emotion f32[N, 2F]."""
+    if name == "client_emotion":
+        return client_readings(params, exchanges, tokenizer, model=model, max_tokens=config.prompt.max_tokens)
+    rows = [prompts.encode_text(tokenizer, turn.text) for turn in said(name, exchanges)]
+    return readings(params, rows, model=model)
+
+
+# -------------------------------------------------------------------------------------------------------- save, load
+
+
+def belongs_to(config: Config, params: Params) -> dict[str, Any]:
+    """What classifiers hold for: the trunk (sha256 of its parameters), its sizes, and the settings of their training."""
+    digest = hashlib.sha256()
+    for name, x in sorted(flatten(params).items()):
+        digest.update(f"{name}{x.shape}".encode() + np.asarray(x, np.float32).tobytes())
+    settings = {f"classifiers.{k}": v for k, v in dataclasses.asdict(config.classifiers).items()}
+    n_embd = int(params["wte"].shape[1])
+    return {"format": FORMAT, "n_embd": n_embd, "trunk": digest.hexdigest(), **settings,
+            "prompt.max_tokens": config.prompt.max_tokens}  # fmt: skip
+
+
+def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
+    """-> folder/model.safetensors and folder/report.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion})
+    save_file({name: np.asarray(x) for name, x in arrays.items()}, folder / "model.safetensors")
+    run.write_json(folder / "report.json", {"belongs_to": belongs, **found.report})
+
+
+def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Classifiers:
+    """Raises ConfigError where the files are damaged, or were made for another trunk or with other settings."""
+    again = f"delete {folder}, and the next run makes it anew"
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        then = report.pop("belongs_to")
+        differing = [key for key in belongs if then.get(key) != belongs[key]]
+        arrays = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: damaged or foreign ({type(error).__name__}); {again}") from error
+    if differing:
+        raise ConfigError(f"{folder}: made with another {', '.join(differing)}; {again}")
+
+    heads, d = make_heads(config), belongs["n_embd"]
+    expected: dict[str, Any] = {name: (len(CLASSES[name.removesuffix("_prior")]),) for name in Frozen._fields[2:4]}
+    expected |= {"centre": (d,), "whiten": (d, arrays["whiten"].shape[-1] if "whiten" in arrays else 0)}
+    for name, head in heads.items():
+        width = WIDTHS * d * (2 if name == "client_emotion" else 1)
+        shapes: Any = jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, width)))["params"]
+        expected |= {f"{name}.{key}": x.shape for key, x in flatten(shapes).items()}
+    wrong = [name for name in expected | arrays if name not in arrays or expected.get(name) != arrays[name].shape]
+    if wrong:
+        raise ConfigError(f"{folder}: {', '.join(wrong[:3])} missing, unknown or of another shape; {again}")
+    tree: Any = unflatten_dict({tuple(name.split(".")): jnp.asarray(x) for name, x in arrays.items()})
+    return Classifiers(Frozen(**{name: tree[name] for name in Frozen._fields}), tree["client_emotion"], heads, report)
+
+
+def load_or_train(
+    folder: Path, config: Config, data: dict[str, list[Exchange]], gpt2_config: gpt2.GPT2Config, params: Params,
+    tokenizer: Any,
+) -> Classifiers:  # fmt: skip
+    """The classifiers of a run folder; whoever asks first trains and saves them."""
+    where, belongs = folder / "classifiers", belongs_to(config, params)
+    if where.exists():
+        return load(where, belongs, config.classifiers)
+    found = train(data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config)
+    save(where, found, belongs)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- evaluator, report
+
+
+class TfidfEmotion(NamedTuple):
+    """Another model than the rewarding head, to judge the emotion that replies express."""
+
+    pipeline: Any
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        return [str(label) for label in self.pipeline.predict(list(texts))] if len(texts) else []
+
+
+def tfidf(texts: Sequence[str], labels: Sequence[str], seed: int, C: float = 10.0, balanced: bool = True) -> Any:
+    """TF-IDF of word 1-2-grams + logistic regression, fitted; the only class where there is but one."""
+    weight = "balanced" if balanced else None
+    model = LogisticRegression(C=C, class_weight=weight, max_iter=1000, random_state=seed)
+    known = model if len(set(labels)) > 1 else DummyClassifier()
+    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), known).fit(texts, labels)
+
+
+def fit_evaluator(data: dict[str, list[Exchange]], seed: int) -> TfidfEmotion | None:
+    """The evaluator of expressed emotion, on train's annotated turns of both speakers; None where there is none."""
+    texts, labels = annotated("emotion", data["train"])
+    return TfidfEmotion(tfidf(texts, labels, seed)) if labels else None
+
+
+def annotated(name: str, exchanges: Iterable[Exchange]) -> tuple[list[str], list[str]]:
+    """The turns of `said` that carry a label of the head's classes -> texts, labels."""
+    exchanges = list(exchanges)
+    pairs = [
+        (turn.text, CLASSES[name][i])
+        for turn, i in zip(said(name, exchanges), label_ids(name, exchanges), strict=True)
+        if i >= 0
+    ]
+    return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
+    """accuracy and macro_f1 (over the classes that occur in gold)."""
+    found = metrics.emotion_scores(predicted, gold, prefix="head")
+    return {name.removeprefix("head_"): value for name, value in found.items()}
+
+
+WAYS = {"head": "head on the frozen trunk", "tfidf": "TF-IDF + logistic regression", "majority": "majority class"}
+
+
+def compare(
+    found: Classifiers, data: dict[str, list[Exchange]], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Accuracy and macro-F1 of every head on the test split, beside TF-IDF + logistic regression on the same labels and
+    utterances (class weights and C chosen on validation, as the heads are) and the commonest class of train. A head
+    without labels in train or test is left out."""
+    out: dict[str, dict[str, Any]] = {}
+    for name, head in found.heads.items():
+        texts, labels = annotated(name, data["train"])
+        tried = annotated(name, data.get("validation", []))
+        y = label_ids(name, data.get("test", []))
+        if not labels or not (y >= 0).any():
+            continue
+        x = examples(name, data["test"], params, tokenizer, model=model, config=config)
+        gold = [CLASSES[name][i] for i in y[y >= 0]]
+        head_params = found.client_emotion if name == "client_emotion" else getattr(found.frozen, name)
+        logits = np.asarray(head.apply({"params": head_params}, x[y >= 0]))
+        grid = [(C, balanced) for balanced in (False, True) for C in (1.0, 3.0, 10.0, 30.0)]
+        fitted = [tfidf(texts, labels, config.seed, *choice) for choice in (grid if tried[1] else grid[:1])]
+        best = max(fitted, key=lambda f: scores(f.predict(tried[0]), tried[1])["macro_f1"]) if tried[1] else fitted[0]
+        answers = {
+            "head": [CLASSES[name][i] for i in logits.argmax(-1)],
+            "tfidf": best.predict(annotated(name, data["test"])[0]).tolist(),
+            "majority": [Counter(labels).most_common(1)[0][0]] * len(gold),
+        }
+        out[name] = {"n": len(gold), **{way: scores(said, gold) for way, said in answers.items()}}
+        out[name]["tfidf"] |= dict(zip(("C", "balanced"), grid[fitted.index(best)], strict=True))
+    return out

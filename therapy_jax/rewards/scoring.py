@@ -1,0 +1,83 @@
+"""From replies to reward terms: one pure function on the device, and what stands around it on the host.
+
+    rewards on device   reply tokens -> RewardBatch -> {term: f32[B]}                       (inside the one program)
+    rewards on host     ... -> decoded text -> your function, or a sentence encoder -> {term: f32[B]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from therapy_jax import encoder, gpt2
+from therapy_jax.config import RewardConfig
+from therapy_jax.dialogue import Exchange
+from therapy_jax.gpt2 import Params
+from therapy_jax.rewards import batch as reward_batch
+from therapy_jax.rewards import custom, meaning
+from therapy_jax.rewards.batch import Fixed, References, RewardBatch
+from therapy_jax.rewards.combine import TERMS, Raw, raw_terms
+from therapy_jax.sampling import Reply
+
+Custom = Callable[[RewardBatch], Mapping[str, Any]]
+
+
+def score(
+    trunk: Params, reply: Reply, references: References, fixed: Fixed, *, model: gpt2.GPT2, device_custom: Custom | None
+) -> tuple[RewardBatch, Raw]:
+    """Every term that the device computes -> (what they read, {name: f32[B]})."""
+    batch = reward_batch.make(trunk, reply.tokens, reply.mask, references, fixed, model=model)
+    return batch, raw_terms(batch, device_custom)
+
+
+class HostRewards(NamedTuple):
+    """The rewards that leave the device; both None = the iteration stays one program."""
+
+    custom: Callable[[list[custom.Sample]], Any] | None
+    name: str  # of the custom reward, for its errors
+    encoder: encoder.Encoder | None
+
+    def __bool__(self) -> bool:
+        return self.custom is not None or self.encoder is not None
+
+
+def load(config: RewardConfig) -> tuple[Custom | None, HostRewards]:
+    """The user's function where there is one, on the side it belongs to, and the sentence encoder where one is named."""
+    function = custom.load(config.custom) if config.custom else None
+    name = config.custom.path if config.custom else ""
+    sentence_encoder = encoder.load(config.encoder) if config.encoder else None
+    if config.custom is None or config.custom.on == "host":
+        return None, HostRewards(function, name, sentence_encoder)
+    assert function is not None
+    return custom.on_device(function, name), HostRewards(None, "", sentence_encoder)
+
+
+def host_terms(
+    host: HostRewards,
+    batch: RewardBatch,
+    raw: Raw,
+    tokenizer: Any,
+    replies: Sequence[Sequence[int]],
+    exchanges: Sequence[Exchange],
+) -> Raw:
+    """`raw` with the terms of the host in it; replies are generated ids. Raises RewardError (see custom.on_host)."""
+    samples = custom.make_samples(tokenizer, replies, exchanges)
+    if host.encoder is not None:
+        texts = [[s.reply, s.reference, s.client, " ".join(s.context)] for s in samples]
+        vectors = encoder.embed_texts(host.encoder, [text for four in texts for text in four])
+        some = np.asarray([[bool(text.strip()) for text in four] for four in texts])
+        vectors = jnp.asarray(np.where(some[..., None], vectors.reshape(len(samples), 4, -1), 0.0))
+        names = ("meaning", "reference_meaning", "client_meaning", "context_meaning")
+        read = batch._replace(**{name: vectors[:, i] for i, name in enumerate(names)})
+        raw = {**raw, "semantic": meaning.semantic(read), "context": meaning.context(read)}
+    if host.custom is not None:
+        more = custom.on_host(host.custom, samples, host.name)
+        if taken := sorted(set(TERMS) & set(more)):
+            raise custom.RewardError(
+                f"reward {host.name} gives {', '.join(taken)}, which is a term of ours; choose another name"
+            )
+        raw = {**raw, **more}
+    return raw
