@@ -195,10 +195,13 @@ def compile_iteration(
     """-> a function (state, iterations done) -> (state, metrics on device): one program, or two around a host reward."""
     cfg = config.ppo
     score_fn = functools.partial(scoring.score, model=model, device_custom=scorer.device_custom)
-    combine_fn = functools.partial(combine.combine, weights=scorer.weights, standardise=config.rewards.standardise)
+
+    def combine_fn(raw: combine.Raw, stats: combine.RunningStats):
+        return combine.combine(raw, scorer.weights, stats, standardise=config.rewards.standardise)
+
     roll: dict[str, Any] = {"model": model, "score_fn": score_fn, "sampling": config.sampling, "cfg": cfg}
     learn: dict[str, Any] = {"model": model, "tx": tx, "combine_fn": combine_fn, "cfg": cfg}
-    whole_program = jax.jit(functools.partial(ppo.ppo_iteration, **roll, **learn), donate_argnums=0)
+    whole_program = jax.jit(functools.partial(ppo.ppo_iteration, **(roll | learn)), donate_argnums=0)
     rollout_program = jax.jit(functools.partial(ppo.rollout, **roll))
     learn_program = jax.jit(
         functools.partial(ppo.learn, **learn, temperature=config.sampling.temperature), donate_argnums=0

@@ -101,6 +101,7 @@ def test_the_judge_of_language_is_the_first_sft_cell_from_another_seed():
         ({"a": {}}, {"b": {"ppo.minibatches": 5}}, "^grid.ppo.b: ppo.batch_size"),
         ({"a": {}}, {"b": {"from": "c"}}, "^grid.ppo.b.from: 'c' is no SFT cell; choose from a"),
         ({"a": {}}, {"b": {"prompt.format": "utterance"}}, "^grid.ppo.b: prompt.format is the same"),
+        ({"a": {}}, {"b": {"classifiers.epochs": 1}}, "^grid.ppo.b: classifiers.epochs is the same"),
         ({"a": {"model.n_layer": 2}}, {}, "^grid.sft.a: model.n_layer is the same for all cells"),
         ({"a": {"pretrain": {"epochs": 2}}}, {}, "^grid.sft.a: pretrain.epochs is the same for all cells"),
         ({"a": {"seed": 2}}, {}, "^grid.sft.a: seed is the same for all cells"),
@@ -360,7 +361,7 @@ def figures(run_dir: Path) -> dict:
 def test_a_grid_leaves_a_table(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     assert set(results["cells"]) == {"both", "alone", "full"} and results["seeds"] == [0, 1]
-    assert set(results["trivial"]) == {"base", "constant", "retrieval", "random"}
+    assert set(results["trivial"]) == {"base", "constant", "retrieval", "random", "therapist"}
     assert set(results["comparisons"]["full"]) == {"both", "retrieval", "random"}
     for name, cell in results["cells"].items():
         for k in (0, 1):

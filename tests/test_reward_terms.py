@@ -83,7 +83,9 @@ def test_terms_keep_their_ranges_and_shapes_and_what_masks_hide_changes_nothing(
         got, again = compiled(random_batch(seed, 1)), compiled(random_batch(seed, 2))
         for name, (low, high) in RANGES.items():
             assert got[name].shape == (B,) and got[name].dtype == jnp.float32, name
-            assert np.isfinite(got[name]).all() and got[name].min() >= low - UNIT and got[name].max() <= high + UNIT, name
+            assert np.isfinite(got[name]).all() and got[name].min() >= low - UNIT and got[name].max() <= high + UNIT, (
+                name
+            )
             np.testing.assert_array_equal(got[name], again[name], err_msg=name)
             spread[name] |= set(got[name].tolist())
     assert {name for name, seen in spread.items() if len(seen) < 3} == {"manner"}  # its phrases are not among six words
@@ -235,7 +237,9 @@ def test_stated_prefers_the_right_one_then_the_near_ones():
 def test_a_classifier_earns_what_it_reads_does_by_its_probabilities(name, classes):
     """Certain of a class: what saying it earns. In doubt: the mean of that under its probabilities."""
     term = jax.jit(emotion.expressed if name == "emotion" else strategy.strategy)
-    gold, said = (jnp.asarray(x.ravel()) for x in np.meshgrid(np.arange(-1, classes), np.arange(classes), indexing="ij"))
+    gold, said = (
+        jnp.asarray(x.ravel()) for x in np.meshgrid(np.arange(-1, classes), np.arange(classes), indexing="ij")
+    )
     prior = jnp.asarray(0.8 * np.random.default_rng(0).dirichlet(np.ones(classes)) + 0.2 / classes, jnp.float32)
     b = blank(len(gold))
     b = b._replace(**{name: gold}, stated_emotion=said, frozen=b.frozen._replace(**{f"{name}_prior": prior}))
@@ -262,7 +266,11 @@ def distinct2(replies):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([1, 3, 16]).flatmap(lambda n: st.lists(st.lists(st.integers(0, 4), max_size=R), min_size=n, max_size=n)))
+@given(
+    st.sampled_from([1, 3, 16]).flatmap(
+        lambda n: st.lists(st.lists(st.integers(0, 4), max_size=R), min_size=n, max_size=n)
+    )
+)
 def test_sameness_is_distinct_2_shared_out(replies):
     """1 + the mean weighed by bigrams = Distinct-2; words are hashes in the real thing, so here too."""
     codes = np.random.default_rng(0).integers(-(2**31), 2**31, 5)
@@ -317,7 +325,9 @@ def test_manner_finds_phrases_of_whole_words_in_real_tokens(size, request):
     prompts.add_special_tokens(tokenizer)
     encoded = [prompts.encode_text(tokenizer, text) if text else [] for text in (*BAD, *GOOD)]
     tokens, mask = batching.pad(encoded, max(map(len, encoded)) + 2, "right")
-    ids, mask = jax.jit(words.fold)(jnp.asarray(tokens), jnp.asarray(mask), words.make_vocabulary(tokenizer, len(tokenizer)))
+    ids, mask = jax.jit(words.fold)(
+        jnp.asarray(tokens), jnp.asarray(mask), words.make_vocabulary(tokenizer, len(tokenizer))
+    )
     got = jax.jit(form.manner)(blank(len(encoded))._replace(words=ids, words_mask=mask)).tolist()
     for text, value, wanted in zip((*BAD, *GOOD), got, [-1] * len(BAD) + [0] * len(GOOD), strict=True):
         assert value == wanted, text

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -362,7 +361,7 @@ def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Cla
         then = report.pop("belongs_to")
         differing = [key for key in belongs if then.get(key) != belongs[key]]
         arrays = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: damaged or foreign ({type(error).__name__}); {again}") from error
     if differing:
         raise ConfigError(f"{folder}: made with another {', '.join(differing)}; {again}")
@@ -394,7 +393,7 @@ def load_or_train(
     return found
 
 
-# ------------------------------------------------------------------------------------------------- evaluator, report
+# --------------------------------------------------------------------------------------------------------- evaluator
 
 
 class TfidfEmotion(NamedTuple):
@@ -435,36 +434,3 @@ def scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
     """accuracy and macro_f1 (over the classes that occur in gold)."""
     found = metrics.emotion_scores(predicted, gold, prefix="head")
     return {name.removeprefix("head_"): value for name, value in found.items()}
-
-
-WAYS = {"head": "head on the frozen trunk", "tfidf": "TF-IDF + logistic regression", "majority": "majority class"}
-
-
-def compare(
-    found: Classifiers, data: dict[str, list[Exchange]], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Accuracy and macro-F1 of every head on the test split, beside TF-IDF + logistic regression on the same labels and
-    utterances (class weights and C chosen on validation, as the heads are) and the commonest class of train. A head
-    without labels in train or test is left out."""
-    out: dict[str, dict[str, Any]] = {}
-    for name, head in found.heads.items():
-        texts, labels = annotated(name, data["train"])
-        tried = annotated(name, data.get("validation", []))
-        y = label_ids(name, data.get("test", []))
-        if not labels or not (y >= 0).any():
-            continue
-        x = examples(name, data["test"], params, tokenizer, model=model, config=config)
-        gold = [CLASSES[name][i] for i in y[y >= 0]]
-        head_params = found.client_emotion if name == "client_emotion" else getattr(found.frozen, name)
-        logits = np.asarray(head.apply({"params": head_params}, x[y >= 0]))
-        grid = [(C, balanced) for balanced in (False, True) for C in (1.0, 3.0, 10.0, 30.0)]
-        fitted = [tfidf(texts, labels, config.seed, *choice) for choice in (grid if tried[1] else grid[:1])]
-        best = max(fitted, key=lambda f: scores(f.predict(tried[0]), tried[1])["macro_f1"]) if tried[1] else fitted[0]
-        answers = {
-            "head": [CLASSES[name][i] for i in logits.argmax(-1)],
-            "tfidf": best.predict(annotated(name, data["test"])[0]).tolist(),
-            "majority": [Counter(labels).most_common(1)[0][0]] * len(gold),
-        }
-        out[name] = {"n": len(gold), **{way: scores(said, gold) for way, said in answers.items()}}
-        out[name]["tfidf"] |= dict(zip(("C", "balanced"), grid[fitted.index(best)], strict=True))
-    return out

@@ -213,8 +213,10 @@ def summary(config: Config, cells: Sequence[Cell]) -> dict[str, Any]:
             }
             for name, part in of_name.items()
         },
-        "trivial": {name: aggregate([trivial["systems"][name]]) for name in TRIVIAL}
-        | ({"therapist": aggregate([trivial["therapist"]])} if "therapist" in trivial else {}),
+        "trivial": {
+            **{name: aggregate([trivial["systems"][name]]) for name in TRIVIAL},
+            "therapist": aggregate([trivial["therapist"]]),
+        },
         "comparisons": compare(of_name, config),
         "paper": PAPER,
     }

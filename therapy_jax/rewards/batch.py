@@ -77,7 +77,7 @@ def make_references(
         return classifiers.readings(trunk, rows, model=model)[:, : model.config.n_embd]
 
     def ids(labels: list[str | None], classes: tuple[str, ...]) -> np.ndarray:
-        return classifiers.label_ids(labels, classes).astype(np.int32)
+        return np.asarray([classes.index(label) if label in classes else -1 for label in labels], np.int32)
 
     arrays: list[Any] = [*padded(replies), *padded(clients), *map(mean_hidden, (replies, clients, before))]
     labels: list[Any] = [

@@ -109,7 +109,8 @@ def combine(
 
     Metrics, for each term: reward/NAME its mean, reward_sd/NAME its standard deviation, weighted/NAME what it adds to the
     mean score, share/NAME = cov(its part of the score, score) / var(score), its share of the score's variance: the shares
-    sum to 1, and say which term the policy in fact follows. A name without a weight has weight 1.
+    sum to 1 (all are 0 where the scores do not differ), and say which term the policy in fact follows. A name without a
+    weight has weight 1.
     """
     stats = update_stats(stats, raw)
     metrics: dict[str, Array] = {}
@@ -119,13 +120,14 @@ def combine(
         if standardise:
             variance = stats.m2[name] / stats.count[name]
             # A term that never changes has nothing to say, and rounding is not a change.
-            flat = variance <= 1e-10 * (1.0 + jnp.square(stats.mean[name]))
+            flat = variance <= 1e-10 * jnp.square(stats.mean[name])
             values = jnp.where(flat, 0.0, (values - stats.mean[name]) * jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
         parts[name] = weights.get(name, 1.0) * values
         metrics[f"weighted/{name}"] = parts[name].mean()
     scores = sum(parts.values(), start=jnp.zeros_like(next(iter(raw.values()))))
     variance = scores.var()
+    varies = variance > 1e-12 * sum(jnp.square(part).mean() for part in parts.values())  # else rounding is all there is
     for name, part in parts.items():
         covariance = ((part - part.mean()) * (scores - scores.mean())).mean()
-        metrics[f"share/{name}"] = jnp.where(variance > 0, covariance / jnp.where(variance > 0, variance, 1.0), 0.0)
+        metrics[f"share/{name}"] = jnp.where(varies, covariance / jnp.where(varies, variance, 1.0), 0.0)
     return scores, stats, metrics

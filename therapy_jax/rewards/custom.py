@@ -14,13 +14,14 @@ On the device it is jax on the arrays of a RewardBatch, and joins the one compil
 from __future__ import annotations
 
 import importlib.util
-import math
-import numbers
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from therapy_jax import prompts
 from therapy_jax.config import ConfigError, CustomReward, RewardWeights
@@ -57,10 +58,11 @@ def load(config: CustomReward) -> Callable[[Any], Any]:
     if spec is None or spec.loader is None:
         raise ConfigError(f"rewards.custom.path: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises: it is theirs to read, with its place
-        raise ConfigError(f"rewards.custom.path: {file} cannot be run: {where(error)}") from error
+        raise ConfigError(f"rewards.custom.path: {file} cannot be run: {where(error, file)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"rewards.custom.path: {file} has no function {name}")
@@ -70,13 +72,12 @@ def load(config: CustomReward) -> Callable[[Any], Any]:
     return function
 
 
-def where(error: BaseException) -> str:
-    """ "my.py, line 7: KeyError: 'x'": the innermost place of an exception."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = "" if trace is None else f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}: "
-    return f"{place}{type(error).__name__}: {error}"
+def where(error: BaseException, file: str | Path) -> str:
+    """ "my.py, line 7: KeyError: 'x'": an exception with the innermost line of the user's file that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(file).expanduser().absolute()]
+    place = f"{file}, line {lines[-1]}: " if lines else ""  # none where the file does not even parse
+    return f"{place}{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # jax adds lines about itself
 
 
 def make_samples(tokenizer: Any, replies: Sequence[Sequence[int]], exchanges: Sequence[Exchange]) -> list[Sample]:
@@ -96,19 +97,36 @@ def on_host(function: Callable[[list[Sample]], Any], samples: list[Sample], name
     try:
         values = function(samples)
     except Exception as error:
-        raise RewardError(f"reward {name} {culprit(function, samples)}: {where(error)}") from error
+        file = name.rpartition(":")[0]
+        raise RewardError(f"reward {name} {culprit(function, samples)}: {where(error, file)}") from error
     if not isinstance(values, Mapping):
-        raise RewardError(f"reward {name} gives a {type(values).__name__}, it must give a dict of name to list of numbers")
+        raise RewardError(
+            f"reward {name} gives a {type(values).__name__}, it must give a dict of name to list of numbers"
+        )
+    terms = {}
     for term, column in values.items():
-        if not hasattr(column, "__len__") or len(column) != len(samples):
-            got = f"{len(column)} values" if hasattr(column, "__len__") else f"a {type(column).__name__}"
+        length = len(column) if hasattr(column, "__len__") and getattr(column, "shape", None) != () else None
+        if length != len(samples):
+            got = f"a {type(column).__name__}" if length is None else f"{length} values"
             raise RewardError(f"reward {name}: {term} gives {got} for {len(samples)} samples")
-        for i, value in enumerate(column):
-            if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():
-                raise RewardError(f"reward {name}: {term} gives a {type(value).__name__} for {show(samples, i)}")
-            if not math.isfinite(value):
-                raise RewardError(f"reward {name}: {term} is {float(value)} for {show(samples, i)}")
-    return {term: jnp.asarray([float(value) for value in column], jnp.float32) for term, column in values.items()}
+        terms[term] = [
+            number(value, f"reward {name}: {term}", f"for {show(samples, i)}") for i, value in enumerate(column)
+        ]
+    return {term: jnp.asarray(column, jnp.float32) for term, column in terms.items()}
+
+
+def number(value: Any, who: str, which: str) -> float:
+    """Whatever is one number (Python's, numpy's, an array without dimensions) -> float. Raises RewardError for anything
+    else, and for what float32 does not hold."""
+    try:
+        if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
+            raise TypeError
+        real = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(f"{who} gives a {type(value).__name__} {which}") from error
+    if not abs(real) <= float(np.finfo(np.float32).max):  # so written, a NaN is caught as well
+        raise RewardError(f"{who} is {real} {which}")
+    return real
 
 
 def culprit(function: Callable[[list[Sample]], Any], samples: list[Sample]) -> str:
@@ -132,6 +150,7 @@ def on_device(function: Callable[[Any], Any], name: str) -> Callable[[Any], Mapp
         try:
             return function(batch)
         except Exception as error:
-            raise RewardError(f"reward {name} broke while it was compiled: {where(error)}") from error
+            file = name.rpartition(":")[0]
+            raise RewardError(f"reward {name} broke while it was compiled: {where(error, file)}") from error
 
     return traced
