@@ -1,7 +1,14 @@
 """Rewards of a user's own: real files, loaded, called and checked; on the host and on the device."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +24,7 @@ from therapy_jax.rewards.custom import RewardError, Sample
 from therapy_jax.rewards.words import make_vocabulary
 from therapy_jax.sampling import Reply
 
+ROOT = Path(__file__).parent.parent
 HOST = """
     import re
 
@@ -31,7 +39,7 @@ DEVICE = """
 """
 
 
-def write(folder, code, on="host", **kwargs):
+def write(folder, code, on: Literal["host", "device"] = "host", **kwargs):
     """A file of the user's -> (RewardConfig that names its first function, the path in it)."""
     file, code = folder / "mine.py", textwrap.dedent(code)
     file.write_text(code, encoding="utf-8")
@@ -57,12 +65,10 @@ def scored():
     replies[4] = replies[4][:-1]  # cut before EOS
     reading = classifiers.readings(trunk, replies, model=model)
     heads = [classifiers.Head(len(names), hidden=0, members=2) for names in (EMOTIONS, STRATEGIES)]
-    heads = [head.init(jax.random.key(1), jnp.asarray(reading))["params"] for head in heads]
-    shares = (jnp.full(len(names), 1 / len(names)) for names in (EMOTIONS, STRATEGIES))
-    fixed = Fixed(
-        make_vocabulary(tokenizer, config.padded_vocab_size),
-        classifiers.Frozen(*heads, *shares, jnp.zeros(4), jnp.eye(4)),
-    )
+    params: Any = [head.init(jax.random.key(1), jnp.asarray(reading))["params"] for head in heads]
+    shares: Any = [jnp.full(len(names), 1 / len(names)) for names in (EMOTIONS, STRATEGIES)]
+    frozen = classifiers.Frozen(*[*params, *shares, jnp.zeros(4), jnp.eye(4)])
+    fixed = Fixed(make_vocabulary(tokenizer, config.padded_vocab_size), frozen)
     tokens, mask = batching.pad(replies, max(map(len, replies)), "right")
     reply = Reply(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(tokens.shape))
     references = make_references(exchanges, trunk, tokenizer, model=model)
@@ -247,3 +253,47 @@ def test_a_file_may_hold_dataclasses_and_objects_that_can_be_called(tmp_path):
     """
     raw, _ = called(code, tmp_path)
     assert raw["longest"].tolist() == [7.5] * 5  # "Reply 0." has eight characters
+
+
+@pytest.mark.slow
+def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_device(tmp_path):
+    """The program cut in two, and in one piece: the same scores at every step."""
+    first = {
+        "--config": "configs/quickstart.yaml",
+        "--model.n_layer": "1",
+        "--model.n_embd": "32",
+        "--model.n_head": "2",
+    }
+    first |= {
+        "--tokenizer.vocab_size": "600",
+        "--pretrain.epochs": "0.3",
+        "--sft.epochs": "0.3",
+        "--ppo.iterations": "3",
+    }
+    first |= {"--ppo.batch_size": "8", "--ppo.eval_prompts": "8", "--sampling.max_new_tokens": "12"}
+
+    def script(name, run_dir, **more):
+        flags = [part for pair in {**first, "--run_dir": str(run_dir), **more}.items() for part in pair]
+        env = {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has
+        args = [sys.executable, f"scripts/{name}.py", *flags]
+        done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    script("train_sft", tmp_path / "host")
+    shutil.copytree(tmp_path / "host", tmp_path / "device")
+    logs = []
+    for on, code in ("host", HOST), ("device", DEVICE):
+        config = write(tmp_path / on, code).custom
+        assert config is not None
+        custom = {
+            "--rewards.custom.path": config.path,
+            "--rewards.custom.on": on,
+            "--rewards.custom.weights": "{brevity: 2.0}",
+        }
+        script("train_ppo", tmp_path / on, **custom)
+        lines = [json.loads(line) for line in (tmp_path / on / "metrics.jsonl").read_text().splitlines()]
+        logs.append([line for line in lines if line["stage"] == "ppo" and "reward/brevity" in line])
+    assert len(logs[0]) == len(logs[1]) == 3
+    for host, device in zip(*logs, strict=True):
+        for name in ("score", "reward/brevity", "weighted/brevity", "reward/rouge_l", "kl"):
+            assert host[name] == pytest.approx(device[name], rel=1e-4, abs=1e-5), name  # the log holds six digits

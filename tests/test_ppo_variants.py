@@ -23,9 +23,6 @@ TERMS = {"table": 1.0, "label": 0.5, "trunk": 2.0}
 CFG = PPOConfig(
     batch_size=B, iterations=4, epochs=2, minibatches=2, learning_rate=3e-3, warmup_steps=1, max_update_kl=None
 )
-UNOPTIMISED = {
-    "xla_backend_optimization_level": "0"
-}  # these programs run a few times: compiling them is what takes long
 VARIANTS = {
     "gae, shared": dataclasses.replace(CFG, weight_decay=0.1),
     "gae, separate": dataclasses.replace(CFG, value_head="separate", critic_warmup=2, weight_decay=0.1),
@@ -35,8 +32,10 @@ VARIANTS = {
         entropy_coef=0.01, max_update_kl=0.5, gamma=0.9, lam=0.8, whiten=False,
     ),
 }  # fmt: skip
-GENERATE = jax.jit(generate, static_argnames=("model", "cfg"))
-JUDGE = jax.jit(ppo.judge, static_argnames=("model", "cfg", "temperature"))
+# Compiling takes the longest here.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+GENERATE = jit(generate, static_argnames=("model", "cfg"))
+JUDGE = jit(ppo.judge, static_argnames=("model", "cfg", "temperature"))
 
 
 def make_state(cfg, config=CONFIG, tx=None, scale=3.0, names=TERMS):
@@ -84,7 +83,6 @@ def make_programs(cfg, standardise=False, model=MODEL, score=score_fn, sampling=
 
     roll = {"model": model, "score_fn": score, "sampling": sampling, "cfg": cfg}
     learn = {"model": model, "tx": ppo.optimizer(cfg), "combine_fn": combine_fn, "cfg": cfg}
-    jit = functools.partial(jax.jit, compiler_options=UNOPTIMISED)
     return (
         jit(functools.partial(ppo.ppo_iteration, **(roll | learn)), donate_argnums=0),
         jit(functools.partial(ppo.rollout, **roll)),
@@ -136,16 +134,6 @@ def test_one_program_equals_the_split_with_rewards_on_the_host(name):
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=3e-4, err_msg=jax.tree_util.keystr(path))
         assert metrics.keys() == split_metrics.keys()
-        print(
-            "DIFF",
-            name,
-            max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params))),
-            {
-                k: float(abs(v - split_metrics[k]))
-                for k, v in metrics.items()
-                if abs(v - split_metrics[k]) > 1e-6 * abs(v)
-            },
-        )
         for metric, value in metrics.items():
             np.testing.assert_allclose(value, split_metrics[metric], rtol=2e-3, atol=1e-4, err_msg=metric)
     assert [int(state.step) for state, _ in ones] == [1, 2, 3]
@@ -156,21 +144,31 @@ def test_nothing_compiles_after_the_first_iteration(name):
     assert history(name)[3] == [1, 0, 0]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_nothing_compiles_after_the_first_iteration_on_a_mesh(devices):
-    """States that come out of the program are laid out as those that go in; and the counter does count."""
+def test_nothing_compiles_after_the_first_iteration_on_a_mesh():
+    """The state comes out of the program laid out as it went in."""
     whole, _, _ = make_programs(CFG)
-    mesh, key = sharding.make_mesh(MeshConfig(data=devices)), jax.random.key(1)
+    mesh, key = sharding.make_mesh(MeshConfig(data=8)), jax.random.key(1)
     prompt, references, fixed = make_inputs(B)
     state, fixed = sharding.replicate(mesh, make_state(CFG)), sharding.replicate(mesh, fixed)
     prompt, references = sharding.split_batch(mesh, (prompt, references))
-    longer = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), prompt)
     found = []
-    for asked in (prompt, prompt, prompt, longer):
+    for _ in range(STEPS):
         with run.count_compilations() as count:
-            state, _ = whole(state, asked, references, fixed, key)
+            state, _ = whole(state, prompt, references, fixed, key)
         found.append(count())
-    assert found == [1, 0, 0, 1]
+    assert found == [1, 0, 0]
+
+
+def test_the_counter_counts_a_program_that_meets_another_shape():
+    _, roll, _ = make_programs(CFG)
+    state, key = make_state(CFG), jax.random.key(1)
+    few, more = make_inputs(2), make_inputs(4)
+    found = []
+    for inputs in (few, few, more, few, more):
+        with run.count_compilations() as count:
+            roll(state, *inputs, key)
+        found.append(count())
+    assert found == [1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["rloo", "mixed"])
@@ -181,14 +179,8 @@ def test_replies_to_a_prompt_stand_side_by_side_and_differ(name):
     np.testing.assert_array_equal(batch["label"], [label for label in labels for _ in range(cfg.replies_per_prompt)])
     groups = reply.tokens.reshape(-1, cfg.replies_per_prompt, R)
     assert sum(len(np.unique(group, axis=0)) for group in groups) > 0.75 * B  # keys differ within a group, too
-    # Greedily a prompt has one answer: the prompts are repeated in the order of the references.
-    prompt, references, fixed = make_inputs(B // cfg.replies_per_prompt)
-    state, greedy = make_state(cfg), dataclasses.replace(SAMPLING, temperature=0.0)
-    several, *_ = ppo.rollout(
-        state, prompt, references, fixed, jax.random.key(1), model=MODEL, score_fn=score_fn, sampling=greedy, cfg=cfg
-    )
-    once = GENERATE(state.params["policy"], prompt, jax.random.key(1), model=MODEL, cfg=greedy)
-    np.testing.assert_array_equal(several.tokens, [row for row in once.tokens for _ in range(cfg.replies_per_prompt)])
+    # The log-probs of the sampler and those of the update agree: both read the reply behind the same prompt.
+    assert float(history(name)[1][0][1]["sampler_gap"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -218,22 +210,24 @@ def test_a_critic_learns_what_scores_depend_on_while_the_policy_waits():
     """Scores that depend on the prompt alone can be foreseen: explained variance goes from nothing towards 1. The head reads
     the policy's own hidden state, and still the policy stays as it is until the warm-up is over."""
     cfg = dataclasses.replace(
-        CFG, iterations=26, critic_warmup=25, critic_learning_rate=3e-2, value_clip=100.0, weight_decay=0.1, kl_coef=0.0
+        CFG, iterations=31, critic_warmup=30, critic_learning_rate=1e-2, value_clip=100.0, weight_decay=0.1, kl_coef=0.0
     )
 
     def prompt_decides(_, reply, references, fixed):
-        return references, {"label": references["label"].astype(jnp.float32) + 0 * reply.logprobs[:, 0]}
+        return references, {"label": references["label"].astype(jnp.float32)}
 
     whole, _, _ = make_programs(cfg, score=prompt_decides)
-    prompt, references, fixed = make_inputs(B)
+    _, references, fixed = make_inputs(B)
+    tokens = jnp.where(references["label"][:, None] == 1, 3, 40) * jnp.ones((1, P), jnp.int32)
+    prompt = Prompt(tokens, jnp.ones((B, P), bool))  # type: ignore[arg-type]
     state = make_state(cfg, names=["label"])
     start, explained = jax.device_get(state.params["policy"]), []
     for _ in range(cfg.critic_warmup):
         state, metrics = whole(state, prompt, references, fixed, jax.random.key(1))
         explained.append(float(metrics["explained_variance"]))
+    print("EV", explained)
     assert equal(state.params["policy"], start)
     assert explained[0] <= 0.0  # values of 0 explain nothing
-    print("EV", explained)
     assert np.mean(explained[-3:]) > 0.6
     state, _ = whole(state, prompt, references, fixed, jax.random.key(1))
     assert not equal(state.params["policy"], start)
@@ -250,22 +244,23 @@ def test_where_the_value_loss_reaches(head, reaches):
     }  # at 0 none gets through
     prompt, _, _ = make_inputs(B)
     reply = GENERATE(state.params["policy"], prompt, jax.random.key(0), model=MODEL, cfg=SAMPLING)
-    batch, _ = JUDGE(state, prompt, reply, jnp.linspace(-1, 2, B), model=MODEL, cfg=cfg, temperature=0.8)
+    zeros = jnp.zeros((B, R))
+    batch = ppo.Rollout(prompt, reply.tokens, reply.mask, zeros, zeros, zeros, jnp.cos(jnp.arange(B * R)).reshape(B, R))
 
-    @jax.jit
-    def value_gradient(params):
+    @jit
+    def gradient(params):
         return jax.grad(lambda p: ppo.ppo_loss(p, batch, model=MODEL, cfg=cfg, temperature=0.8)[1]["value_loss"])(
             params
         )
 
-    grads = value_gradient({**state.params, "value": value})
+    grads = gradient({**state.params, "value": value})
     assert (float(optax.tree.norm(grads["policy"])) > 1e-3) == reaches
     assert reaches or not any(np.any(x) for x in jax.tree.leaves(grads["policy"]))  # exactly 0
     assert float(optax.tree.norm(grads["value"]["head"])) > 1e-3
     assert ("trunk" in grads["value"]) == (head == "separate")
     assert head != "separate" or float(optax.tree.norm(grads["value"]["trunk"]["blocks"])) > 1e-3
 
-    read = functools.partial(ppo.read, model=MODEL, cfg=cfg, temperature=0.8)
+    read = jit(functools.partial(ppo.read, model=MODEL, cfg=cfg, temperature=0.8))
     *policy_says, values = read(state.params, prompt, reply.tokens, reply.mask)
     *still_says, other_values = read({**state.params, "value": value}, prompt, reply.tokens, reply.mask)
     assert equal(policy_says, still_says)
@@ -280,7 +275,7 @@ def test_a_separate_critic_starts_as_the_policy_in_memory_of_its_own():
     assert len(set(addresses)) == len(addresses)
 
 
-@pytest.mark.parametrize("critic", [None, 3e-3, 3e-2, 3e-9])
+@pytest.mark.parametrize("critic", [None, 3e-2, 3e-9])
 def test_the_critic_has_a_learning_rate_of_its_own(critic):
     """Adam's steps are proportional to the rate: against optax's own chain of clip and AdamW, the policy's are the same and
     the critic's are scaled by the ratio of the rates."""
@@ -312,12 +307,11 @@ def test_kl_is_summed_over_tokens_and_averaged_over_replies():
     _, metrics = JUDGE(state, prompt, reply, jnp.zeros(B), model=MODEL, cfg=CFG, temperature=0.8)
     tokens, mask = np.asarray(reply.tokens), np.asarray(reply.mask)
     text, seen = jnp.concatenate([prompt.tokens, tokens], 1), jnp.concatenate([prompt.mask, mask], 1)
-    kl = np.zeros(B), np.zeros(B)
+    forward, kl = jit(MODEL.apply), (np.zeros(B), np.zeros(B))
     for b in range(B):
         logprobs = []
         for params in (state.params["policy"], state.ref_params):
-            logits = np.asarray(MODEL.apply({"params": params}, text[b : b + 1], seen[b : b + 1])[0], float) / 0.8
-            logits = logits[P - 1 : P - 1 + mask[b].sum()]
+            logits = np.asarray(forward({"params": params}, text, seen)[b, P - 1 : P - 1 + mask[b].sum()], float) / 0.8
             chosen = logits[np.arange(len(logits)), tokens[b, : len(logits)]]
             logprobs.append(chosen - np.log(np.exp(logits).sum(-1)))
         k1 = logprobs[0] - logprobs[1]
@@ -330,12 +324,18 @@ def test_kl_is_summed_over_tokens_and_averaged_over_replies():
 
 def test_bfloat16_keeps_the_ratio_at_one_and_the_sampler_near():
     model = gpt2.GPT2(dataclasses.replace(CONFIG, compute_dtype="bfloat16"))
-    whole, _, _ = make_programs(CFG, model=model)
-    _, metrics = whole(make_state(CFG), *make_inputs(B), jax.random.key(1))
-    print("BF16", {k: float(metrics[k]) for k in ("sampler_gap", "ratio_gap_start", "ratio_gap")})
-    assert float(metrics["ratio_gap_start"]) < 1e-5
-    # A bfloat16 is off by up to 2^-9 of its size; logits here are a few units, and roundings of both sides add up.
+    state, (prompt, _, _) = make_state(CFG), make_inputs(B)
+    reply = GENERATE(state.params["policy"], prompt, jax.random.key(0), model=model, cfg=SAMPLING)
+    batch, metrics = JUDGE(state, prompt, reply, jnp.linspace(-1, 2, B), model=model, cfg=CFG, temperature=0.8)
+    exact, _ = JUDGE(state, prompt, reply, jnp.linspace(-1, 2, B), model=MODEL, cfg=CFG, temperature=0.8)
+    assert np.abs(batch.old_logprobs - exact.old_logprobs).max() > 1e-3  # it is bfloat16 indeed
+    # A bfloat16 is off by up to 2^-9 of its size. Logits here are a few units, and the roundings of both sides add up.
     assert float(metrics["sampler_gap"]) < 0.02
+
+    # In the update's own program, behind a gradient and on a part of the batch.
+    loss = jit(jax.value_and_grad(functools.partial(ppo.ppo_loss, model=model, cfg=CFG, temperature=0.8), has_aux=True))
+    (_, found), _ = loss(state.params, jax.tree.map(lambda x: x[: B // 2], batch))
+    assert float(found["ratio_gap"]) < 1e-5
 
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])

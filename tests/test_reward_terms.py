@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def pack(lists, width=R, garbage=0):
 
 def head(classes):
     """The parameters of a linear head of two members: class i's logit is entry i of the reading."""
-    params = Head(classes, hidden=0, members=2).init(jax.random.key(0), jnp.zeros((1, S)))["params"]
+    params: Any = Head(classes, hidden=0, members=2).init(jax.random.key(0), jnp.zeros((1, S)))["params"]
     kernel = jnp.stack([jnp.eye(S, classes)] * 2)
     assert params["member"]["classes"]["kernel"].shape == kernel.shape
     return {"member": {"classes": {"kernel": kernel, "bias": jnp.zeros((2, classes))}}}
@@ -43,12 +44,10 @@ def blank(size=B) -> RewardBatch:
     """Replies of which nothing is known and nothing was said."""
     (ids, mask), none = pack([[]] * size), jnp.full(size, -1, jnp.int32)
     no, silent = jnp.zeros(size, bool), jnp.zeros((size, M))
-    heads = head(E), head(S)
-    frozen = Frozen(*heads, jnp.asarray(PRIOR), jnp.full(S, 1 / S, jnp.float32), jnp.zeros(M), jnp.eye(M))
+    frozen = Frozen(head(E), head(S), jnp.asarray(PRIOR), jnp.full(S, 1 / S, jnp.float32), jnp.zeros(M), jnp.eye(M))
     reading = jnp.zeros((size, S))
-    return RewardBatch(
-        ids, mask, ids, mask, ids, mask, ids, mask, *[silent] * 4, reading, none, none, none, no, no, frozen
-    )  # fmt: skip
+    given: list[Any] = [*[ids, mask] * 4, *[silent] * 4, reading, none, none, none, no, no, frozen]
+    return RewardBatch(*given)
 
 
 def random_batch(seed, garbage) -> RewardBatch:
@@ -67,7 +66,8 @@ def random_batch(seed, garbage) -> RewardBatch:
     reading = jnp.asarray(3 * rng.normal(size=(B, S)), jnp.float32)
     flags = (jnp.asarray(rng.integers(0, 2, B), bool) for _ in range(2))
     pairs = [x for _ in range(4) for x in some_words()]
-    return RewardBatch(*pairs, *points, reading, index(E), index(E), index(S), *flags, blank().frozen)
+    given: list[Any] = [*pairs, *points, reading, index(E), index(E), index(S), *flags, blank().frozen]
+    return RewardBatch(*given)
 
 
 def all_terms(b: RewardBatch):
@@ -284,7 +284,9 @@ def test_sameness_is_distinct_2_shared_out(replies):
             np.testing.assert_allclose(1 + (got * sizes).sum() / sizes.sum(), distinct2(replies), rtol=1e-5)
         # One reply by itself, too: how often does the batch hold each of its bigrams?
         count = Counter(pair for reply in replies for pair in itertools.pairwise([None, *reply]))
-        expected = [np.mean([1 / count[p] - 1 for p in itertools.pairwise([None, *r])]) if r else 0 for r in replies]
+        expected: Any = [
+            np.mean([1 / count[p] - 1 for p in itertools.pairwise([None, *r])]) if r else 0.0 for r in replies
+        ]
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=UNIT)
 
 

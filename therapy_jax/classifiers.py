@@ -222,8 +222,8 @@ def fit_head(
 ) -> tuple[Params, dict[str, Any]]:  # fmt: skip
     """Readings f32[N,F] and labels i64[N] (-1 = not annotated) of train, and held-out ones -> params, what was chosen.
 
-    Plain and class-balanced cross-entropy are both tried (balanced: w_c = N / (C N_c), as scikit-learn has it), and of
-    all passes of both the one with the best held-out macro-F1 is kept, the earliest of equals; the last pass where no
+    Cross-entropy is tried plain, balanced (w_c = N / (C N_c), as scikit-learn has it) and half-way (the root of that), and
+    of all passes of the three the one with the best held-out macro-F1 is kept, the earliest of equals; the last pass where no
     held-out label is known. Without a label in train the parameters are zeros, which answers uniformly.
     """
     x, labels = x[labels >= 0], labels[labels >= 0]
@@ -241,7 +241,7 @@ def fit_head(
     tx = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     program = functools.partial(_epoch, head=head, tx=tx, batch_size=min(config.batch_size, len(labels)))
     best: tuple[float, Params, dict[str, Any]] = (-1.0, params, {})
-    for name, weights in (("plain", np.ones(head.classes)), ("balanced", balanced)):
+    for name, weights in (("plain", np.ones(head.classes)), ("half-way", np.sqrt(balanced)), ("balanced", balanced)):
         state = (params, tx.init(params))
         for epoch in range(1, config.epochs + 1):
             key = jax.random.fold_in(jax.random.key(seed), epoch)
