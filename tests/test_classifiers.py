@@ -42,7 +42,7 @@ def trunk(sample):
 
 @pytest.fixture(scope="module")
 def hidden_states(trunk, tmp_path_factory):
-    """ids -> the hidden states [L+1][T, D] that torch computes for one text."""
+    """ids -> the last hidden states f32[T, D] that torch computes for one text."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trunk")
@@ -51,11 +51,7 @@ def hidden_states(trunk, tmp_path_factory):
 
     def states(ids):
         with torch.no_grad():
-            found = model(torch.tensor([list(ids)]), output_hidden_states=True).hidden_states
-            # torch has the final layer norm behind the last block only; ours stands behind each depth that is read
-            return [x[0].numpy() for x in found[:-1]] + [found[-1][0].numpy()], [
-                model.ln_f(x)[0].numpy() for x in found
-            ]
+            return model(torch.tensor([list(ids)])).last_hidden_state[0].numpy()
 
     return states
 
@@ -63,12 +59,12 @@ def hidden_states(trunk, tmp_path_factory):
 def test_a_reading_is_pooled_from_torchs_hidden_states(trunk, hidden_states):
     config, params, _ = trunk
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 9)
-    plain, normed = hidden_states(ids)
-    by_depth = [plain[3], normed[1], np.asarray(params["wte"])[ids]]  # 3 // 2 = 1
-    expected = np.concatenate([f([s], axis=1)[0] for f in (np.mean, np.max) for s in [np.concatenate(by_depth, -1)]])
+    plain = hidden_states(ids)
+    both = np.concatenate([plain, np.asarray(params["wte"])[ids]], -1)
+    expected = np.concatenate([both.mean(0), both.max(0)])
     got = classifiers.read(params, jnp.asarray(ids)[None], jnp.ones((1, 9), bool), model=gpt2.GPT2(config))[0]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # float32, two implementations of three layers
-    np.testing.assert_allclose(got[: config.n_embd], plain[3].mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[: config.n_embd], plain.mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_padding_and_what_it_hides_do_not_move_a_reading(trunk):
@@ -113,7 +109,7 @@ def test_a_client_is_read_in_context_and_without_the_label(trunk, hidden_states)
         now = tokenizer.encode(text)
         context += [tokenizer.convert_tokens_to_ids(marker), *(now if marker != "<|utterance|>" else [])]
     now.append(tokenizer.convert_tokens_to_ids("<|emotion|>"))
-    states = hidden_states(context + now)[0][-1]
+    states = hidden_states(context + now)
     d, half = config.n_embd, got.shape[1] // 2
     np.testing.assert_allclose(got[0, :d], states[len(context) :].mean(0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[0, half : half + d], states[: len(context)].mean(0), rtol=1e-4, atol=1e-4)
@@ -185,9 +181,8 @@ def test_balanced_weights_are_scikit_learns(monkeypatch):
     x, y = clouds(60, np.random.default_rng(5))
     cfg = dataclasses.replace(QUICK, epochs=1)
     classifiers.fit_head(classifiers.Head(4, 0, 0.0, 1), x, y, x[:5], y[:5], cfg, seed=0)  # class 3 never occurs
-    np.testing.assert_array_equal(seen[0], np.ones(4))
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=y)
-    np.testing.assert_allclose(seen[1], [*expected, 0.0], rtol=1e-6)
+    expected = np.asarray([*compute_class_weight("balanced", classes=np.arange(3), y=y), 0.0])
+    np.testing.assert_allclose(seen, [np.ones(4), np.sqrt(expected), expected], rtol=1e-6)
 
 
 def test_whitening_is_scikit_learns_pca():
@@ -282,7 +277,7 @@ def test_without_annotations_heads_answer_uniformly(trunk, sample, tmp_path):
     }
     found = classifiers.load_or_train(tmp_path, CONFIG, data, *trunk)
     assert not np.asarray(found.frozen.emotion_prior).any() and not np.asarray(found.frozen.strategy_prior).any()
-    width = 6 * trunk[0].n_embd
+    width = 4 * trunk[0].n_embd
     for name, params, f in (
         ("emotion", found.frozen.emotion, width),
         ("strategy", found.frozen.strategy, width),

@@ -32,6 +32,8 @@ UPDATE = jit(ppo.ppo_update, static_argnames=("model", "tx", "cfg", "temperature
 DONATE = jit(ppo.ppo_update, static_argnames=("model", "tx", "cfg", "temperature"), donate_argnums=0)
 optimizer = functools.cache(ppo.optimizer)
 
+KEY_BIAS = (jax.tree_util.DictKey("c_attn"), jax.tree_util.DictKey("bias"))  # [L, (query, key, value), H, K]
+
 
 def make_state(cfg=CFG, seed=0, scale=3.0):
     """A policy with confident opinions (scaled-up weights), so that nothing is trivially uniform."""
@@ -200,7 +202,12 @@ def test_jitted_donated_and_sharded_equals_plain():
         placed = sharding.replicate(mesh, state), sharding.split_batch(mesh, rollout)
         new, metrics = DONATE(*placed, jax.random.key(5), **static)
         # Adam divides by the root of a second moment: where gradients vanish, rounding decides; hence the absolute part.
-        assert_trees_close(new.params, plain.params, rtol=1e-4, atol=2e-4)
+        # A key's bias adds the same to all scores of a query, so that its gradient is nothing but rounding.
+        params, expected = (
+            jax.tree_util.tree_map_with_path(lambda path, x: x[:, ::2] if path[-2:] == KEY_BIAS else x, p)
+            for p in (new.params, plain.params)
+        )
+        assert_trees_close(params, expected, rtol=1e-4, atol=2e-4)
         for name in ("loss", "policy_loss", "value_loss", "update_kl", "clip_fraction"):
             np.testing.assert_allclose(metrics[name], plain_metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))  # donation took the copies only
@@ -209,7 +216,7 @@ def test_jitted_donated_and_sharded_equals_plain():
 def test_donated_state_is_gone_and_the_reference_is_a_copy():
     mesh = sharding.make_mesh(MeshConfig(data=1))
     fresh = make_state()
-    state, (rollout, _) = sharding.replicate(mesh, fresh), sharding.split_batch(mesh, make_rollout(fresh))
+    state, rollout = sharding.replicate(mesh, fresh), sharding.split_batch(mesh, make_rollout(fresh)[0])
     policy = state.params["policy"]["wte"]
     new, _ = DONATE(state, rollout, jax.random.key(5), model=MODEL, tx=optimizer(CFG), cfg=CFG, temperature=0.8)
     assert policy.is_deleted()

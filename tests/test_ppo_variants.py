@@ -225,7 +225,6 @@ def test_a_critic_learns_what_scores_depend_on_while_the_policy_waits():
     for _ in range(cfg.critic_warmup):
         state, metrics = whole(state, prompt, references, fixed, jax.random.key(1))
         explained.append(float(metrics["explained_variance"]))
-    print("EV", explained)
     assert equal(state.params["policy"], start)
     assert explained[0] <= 0.0  # values of 0 explain nothing
     assert np.mean(explained[-3:]) > 0.6

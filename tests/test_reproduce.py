@@ -309,6 +309,7 @@ TINY = {  # the whole way in seconds: what it learns does not matter here
     "sft": {"epochs": 0.1, "eval_every": 1, "learning_rate": 1e-2},
     "sampling": {"max_new_tokens": 12},
     "ppo": {"iterations": 2, "batch_size": 8, "eval_every": 1, "eval_prompts": 8, "learning_rate": 1e-3},
+    "classifiers": {"epochs": 1, "hidden": 8},
     "evaluate": {"limit": 12, "batch_size": 12, "bootstrap": 100},
     "grid": {"sft": {"both": {}, "alone": {"prompt.format": "utterance"}}, "ppo": {"full": {}}},
 }
@@ -352,9 +353,9 @@ def finished(tmp_path_factory) -> Path:
 
 
 def figures(run_dir: Path) -> dict:
-    """results.json without the time that it took."""
+    """results.json without the time that it took, and the commit: a checkout may move on between two runs."""
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in results.items() if key not in ("seconds", "hours")}
+    return {key: value for key, value in results.items() if key not in ("seconds", "hours", "commit")}
 
 
 @pytest.mark.slow

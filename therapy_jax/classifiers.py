@@ -1,6 +1,6 @@
 """What the frozen SFT model reads in a text: emotion, strategy and meaning, for the rewards; and who checks the readers.
 
-    tokens -> frozen trunk -> hidden states of three depths -> pooled over the text: its "reading", f32[F]
+    tokens -> frozen trunk -> hidden states, embeddings -> pooled over the text: its "reading", f32[F]
     reading -> small heads, trained here on annotated training turns -> emotion | strategy | the client's emotion
     reading -> whitened (Su et al. 2021, arXiv 2103.15316) -> meaning, comparable by cosine
 
@@ -44,7 +44,7 @@ Array = jax.Array
 FORMAT = 1  # of what `save` writes
 CLASSES = {"emotion": EMOTIONS, "strategy": STRATEGIES, "client_emotion": EMOTIONS}
 WHITENED = 64  # at most: Su et al. find that the leading directions carry the meaning, the rest noise
-WIDTHS = 6  # F / D: mean and maximum of three depths
+WIDTHS = 4  # F / D: mean and maximum of two states
 TOKENS_AT_ONCE = 8192  # in one batch of readings
 
 
@@ -72,16 +72,9 @@ class Classifiers(NamedTuple):
 
 
 def states(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
-    """Hidden states after all blocks and after half of them (both through the final layer norm), and the
-    token embeddings -> f32[B, T, 3D]."""
-
-    def after(layers: int) -> Array:
-        shallow = gpt2.GPT2(dataclasses.replace(model.config, n_layer=layers))
-        blocks = jax.tree.map(lambda x: x[:layers], params["blocks"])
-        return shallow.apply({"params": {**params, "blocks": blocks}}, tokens, mask, method="hidden")[0]
-
-    depth = model.config.n_layer
-    return jnp.concatenate([after(depth), after(max(depth // 2, 1)), params["wte"][tokens]], -1)
+    """Last hidden states beside token embeddings, which still say which word it is -> f32[B, T, 2D]."""
+    hidden_BTD = jnp.asarray(model.apply({"params": params}, tokens, mask, method="hidden")[0])
+    return jnp.concatenate([hidden_BTD, params["wte"][tokens]], -1)
 
 
 def pool(states_BTS: Array, mask: Array) -> Array:
@@ -109,41 +102,41 @@ def read_client(params: Params, tokens: Array, mask: Array, now: Array, *, model
 
 def readings(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2) -> np.ndarray:
     """`read` of many texts given as ids, of any lengths -> f32[N, F]. A text keeps its first n_positions tokens."""
-    longest = model.config.n_positions
-    return _in_batches(_read, params, [list(row[:longest]) for row in rows], [0] * len(rows), model)[:, 0]
+    kept = [list(row[: model.config.n_positions]) for row in rows]
+    return _in_batches(params, kept, [0] * len(rows), model)[:, : WIDTHS * model.config.n_embd]
 
 
 def client_readings(
     params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int
 ) -> np.ndarray:
-    """`read_client` of each exchange's client turn -> f32[N, 2F]. The annotation is not in what is read."""
+    """`read_client` of each exchange's client turn, its prompt at most max_tokens long -> f32[N, 2F]. The annotated
+    emotion is not in what is read."""
     form = PromptConfig("context_emotion", "inferred", max_tokens)
-    rows = [prompts.encode_prompt(tokenizer, e.context, e.client, form)[0] for e in exchanges]
-    marker = tokenizer.convert_tokens_to_ids("<|utterance|>")
-    rows = [row[-model.config.n_positions :] for row in rows]
-    starts = [len(row) - row[::-1].index(marker) if marker in row else 0 for row in rows]
-    found = _in_batches(_read, params, rows, starts, model)
-    return found.reshape(len(rows), -1)
+    whole = [prompts.encode_prompt(tokenizer, e.context, e.client, form)[0] for e in exchanges]
+    rows = [row[-model.config.n_positions :] for row in whole]
+    lengths = [len(prompts.encode_text(tokenizer, e.client.text)) + 1 for e in exchanges]  # with <|emotion|> behind it
+    return _in_batches(params, rows, [max(len(r) - n, 0) for r, n in zip(rows, lengths, strict=True)], model)
 
 
 # jit keeps its programs by function: it stands here by name, so that a second call does not compile again.
 @functools.partial(jax.jit, static_argnames="model")
 def _read(params: Params, tokens: Array, mask: Array, starts: Array, *, model: gpt2.GPT2) -> Array:
     now = mask & (jnp.arange(tokens.shape[1]) >= starts[:, None])
-    return jnp.stack(jnp.split(read_client(params, tokens, mask, now, model=model), 2, -1), 1)
+    return read_client(params, tokens, mask, now, model=model)
 
 
-def _in_batches(program: Any, params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2) -> np.ndarray:
-    """`program` over rows, in batches of one length each, a power of two: few shapes to compile."""
+def _in_batches(params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2) -> np.ndarray:
+    """`read_client` of rows whose utterance begins at `starts`, in batches of one length each, a power of two: few shapes
+    to compile."""
     lengths = np.asarray([max(32, 1 << (max(len(row), 1) - 1).bit_length()) for row in rows], int)
-    out = np.zeros((len(rows), 2, WIDTHS * model.config.n_embd), np.float32)
+    out = np.zeros((len(rows), 2 * WIDTHS * model.config.n_embd), np.float32)
     for length in np.unique(lengths).tolist():
         where, size = np.flatnonzero(lengths == length), max(TOKENS_AT_ONCE // length, 1)
         for part in (where[k : k + size] for k in range(0, len(where), size)):
             filled = [*part, *[part[0]] * (size - len(part))]
             tokens, mask = batching.pad([rows[i] for i in filled], length, "right")
-            found = np.asarray(program(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model))
-            out[part] = found[: len(part)]
+            found = _read(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model)  # pyright: ignore
+            out[part] = np.asarray(found)[: len(part)]
     return out
 
 
@@ -170,9 +163,9 @@ class Head(nn.Module):
     """M members that differ by their start and their dropout; their mean probability is the answer."""
 
     classes: int
-    hidden: int = 128
-    dropout: float = 0.3
-    members: int = 5
+    hidden: int = 0
+    dropout: float = 0.5
+    members: int = 4
 
     def setup(self):
         axes = dict(in_axes=None, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
@@ -194,8 +187,8 @@ def make_heads(config: ClassifierConfig) -> dict[str, Head]:
 
 def head_loss(params: Params, x: Array, labels: Array, weights: Array, key: Array, *, head: Head) -> Array:
     """Mean cross-entropy of the members, each example weighed by its class: sum_i w_{y_i} (-log p(y_i)) / sum_i w_{y_i}."""
-    logp_MBC = head.apply({"params": params}, x, rngs={"dropout": key}, method="each")
-    chosen = jnp.take_along_axis(logp_MBC, labels[None, :, None], -1)[..., 0].mean(0)  # pyright: ignore
+    logp_MBC = jnp.asarray(head.apply({"params": params}, x, rngs={"dropout": key}, method="each"))
+    chosen = jnp.take_along_axis(logp_MBC, labels[None, :, None], -1)[..., 0].mean(0)
     return -(weights[labels] * chosen).sum() / weights[labels].sum()
 
 

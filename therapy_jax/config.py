@@ -202,20 +202,26 @@ class RewardConfig:
 class ClassifierConfig:
     """The heads on the frozen SFT trunk that read emotion and strategy in a text."""
 
-    epochs: int = 40
-    """Passes over the annotated training turns; the pass with the best validation macro-F1 is kept."""
-    batch_size: int = 64
+    epochs: int = 12
+    """Passes over the annotated training turns, for each of three class weightings; the best by validation macro-F1 is kept."""
+    batch_size: int = 128
     """Turns per optimizer step."""
     learning_rate: float = 1e-3
     """AdamW, constant."""
     weight_decay: float = 0.1
     """AdamW's decoupled decay."""
-    hidden: int = 128
+    hidden: int = 0
     """Units between the reading of a text and the classes; 0 = a linear head."""
-    dropout: float = 0.3
+    dropout: float = 0.5
     """Dropout rate on the reading and on the hidden units while the head is trained."""
-    members: int = 5
-    """Copies of a head that differ by their random start; their mean probability is the answer."""
+    members: int = 4
+    """Copies of a head that differ by their random start and dropout; their mean probability is the answer."""
+
+    def __post_init__(self):
+        require(0 <= self.dropout < 1, f"classifiers.dropout must be in [0, 1), not {self.dropout}")
+        require(self.hidden >= 0, f"classifiers.hidden must be 0 (linear) or above, not {self.hidden}")
+        for name in ("epochs", "batch_size", "learning_rate", "members"):
+            require(getattr(self, name) > 0, f"classifiers.{name} must be above 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
