@@ -111,6 +111,9 @@ def test_hand_worked_grpo():
     found = grpo(jnp.array([1.0, 1.0, 3.0, 3.0, 0.0, 0.0, 0.0, 8.0]), 4)
     third = 3**-0.5
     np.testing.assert_allclose(found, [-1, -1, 1, 1, -third, -third, -third, 3**0.5], rtol=1e-5)
+    # Five times 1.3785217 have a float32 mean one rounding away: that must not become a difference of one sd.
+    assert not grpo(jnp.full(5, 1.3785217), 5).any()
+    assert not grpo(jnp.array([1.3785217, 1.3785218, 1.3785217]), 3).any()  # nor one rounding in a reward
 
 
 @settings(deadline=None, max_examples=100)

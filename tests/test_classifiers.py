@@ -61,7 +61,10 @@ def test_a_reading_is_pooled_from_torchs_hidden_states(trunk, hidden_states):
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 9)
     plain = hidden_states(ids)
     both = np.concatenate([plain, np.asarray(params["wte"])[ids]], -1)
-    expected = np.concatenate([both.mean(0), both.max(0)])
+    expected = [*both.mean(0), *both.max(0), *np.zeros(classifiers.BAG)]
+    kept = {int(i) * 2654435769 % 2**32 // 2**21 for i in ids}  # Knuth, TAOCP 6.4, in exact integers
+    for entry in kept:
+        expected[4 * config.n_embd + entry] = len(kept) ** -0.5
     got = classifiers.read(params, jnp.asarray(ids)[None], jnp.ones((1, 9), bool), model=gpt2.GPT2(config))[0]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # float32, two implementations of three layers
     np.testing.assert_allclose(got[: config.n_embd], plain.mean(0), rtol=1e-4, atol=1e-4)
@@ -110,7 +113,7 @@ def test_a_client_is_read_in_context_and_without_the_label(trunk, hidden_states)
         context += [tokenizer.convert_tokens_to_ids(marker), *(now if marker != "<|utterance|>" else [])]
     now.append(tokenizer.convert_tokens_to_ids("<|emotion|>"))
     states = hidden_states(context + now)
-    d, half = config.n_embd, got.shape[1] // 2
+    d, half = config.n_embd, 4 * config.n_embd + classifiers.BAG
     np.testing.assert_allclose(got[0, :d], states[len(context) :].mean(0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[0, half : half + d], states[: len(context)].mean(0), rtol=1e-4, atol=1e-4)
     assert not np.allclose(got[0, :d], got[2, :d])  # what was said before changes how the utterance is read
@@ -277,11 +280,11 @@ def test_without_annotations_heads_answer_uniformly(trunk, sample, tmp_path):
     }
     found = classifiers.load_or_train(tmp_path, CONFIG, data, *trunk)
     assert not np.asarray(found.frozen.emotion_prior).any() and not np.asarray(found.frozen.strategy_prior).any()
-    width = 4 * trunk[0].n_embd
+    pooled = 4 * trunk[0].n_embd
     for name, params, f in (
-        ("emotion", found.frozen.emotion, width),
-        ("strategy", found.frozen.strategy, width),
-        ("client_emotion", found.client_emotion, 2 * width),
+        ("emotion", found.frozen.emotion, pooled + classifiers.BAG),
+        ("strategy", found.frozen.strategy, pooled + classifiers.BAG),
+        ("client_emotion", found.client_emotion, 2 * pooled + classifiers.BAG),
     ):
         logits = found.heads[name].apply({"params": params}, jnp.ones((2, f)))
         np.testing.assert_allclose(np.exp(logits), 1 / len(classifiers.CLASSES[name]), rtol=1e-6)

@@ -147,6 +147,7 @@ def test_numbers_of_every_kind_are_taken_as_they_are(values, tmp_path):
         ("{'mine': [[][i] if i == 3 else 1 for i in numbers(samples)]}", "sample 3 .*'Reply 3.'.*line 8: IndexError"),
         ("{'mine': [json.loads(s.reply[i:]) if i == 3 else 1 for i, s in zip(numbers(samples), samples)]}",
          "sample 3 .*mine.py, line 8: JSONDecodeError"),  # the user's line, not one of the library's
+        ("{'mine': numbers([*samples, None])}", "broke on sample 0 .*mine.py, line 7: AttributeError"),  # in a helper
         ("{'mine': [1 / (6 - len(samples))] * 5 if len(samples) < 5 else 1 / 0}", "broke on the batch of 5 samples"),
         ("{'mine': [0.0, 1.0, float('nan'), 1.0, 1.0]}", "mine is nan for sample 2 .*'Reply 2.'"),
         ("{'mine': [0.0, float('-inf'), 0.0, 1.0, 1.0]}", "mine is -inf for sample 1"),
@@ -257,7 +258,8 @@ def test_a_file_may_hold_dataclasses_and_objects_that_can_be_called(tmp_path):
 
 @pytest.mark.slow
 def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_device(tmp_path):
-    """The program cut in two, and in one piece: the same scores at every step."""
+    """The program cut in two, and in one piece: the same replies, scores and update. (Later iterations drift apart in their
+    last digits, until one of them draws another token.)"""
     first = {
         "--config": "configs/quickstart.yaml",
         "--model.n_layer": "1",
@@ -268,7 +270,7 @@ def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_devi
         "--tokenizer.vocab_size": "600",
         "--pretrain.epochs": "0.3",
         "--sft.epochs": "0.3",
-        "--ppo.iterations": "3",
+        "--ppo.iterations": "1",
     }
     first |= {"--ppo.batch_size": "8", "--ppo.eval_prompts": "8", "--sampling.max_new_tokens": "12"}
 
@@ -293,7 +295,9 @@ def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_devi
         script("train_ppo", tmp_path / on, **custom)
         lines = [json.loads(line) for line in (tmp_path / on / "metrics.jsonl").read_text().splitlines()]
         logs.append([line for line in lines if line["stage"] == "ppo" and "reward/brevity" in line])
-    assert len(logs[0]) == len(logs[1]) == 3
-    for host, device in zip(*logs, strict=True):
-        for name in ("score", "reward/brevity", "weighted/brevity", "reward/rouge_l", "kl"):
-            assert host[name] == pytest.approx(device[name], rel=1e-4, abs=1e-5), name  # the log holds six digits
+    (host,), (device,) = logs
+    names = {name for name in host if name.startswith(("reward", "weighted", "share", "score", "kl"))}
+    assert {"reward/brevity", "weighted/brevity", "share/brevity", "score"} <= names
+    for name in names | {"reply_tokens", "policy_loss", "grad_norm"}:
+        assert host[name] == pytest.approx(device[name], rel=1e-4, abs=1e-5), name  # the log holds six digits
+    assert host["weighted/brevity"] == pytest.approx(2 * host["reward/brevity"], rel=1e-5)

@@ -201,6 +201,8 @@ def test_a_separate_critic_learns_alone_during_its_warm_up():
     for before, after in zip([start, *states], states[:2], strict=False):
         assert equal(after.params["policy"], start.params["policy"])
         assert not equal(after.params["value"]["head"], before.params["value"]["head"])
+    moments = jax.tree.leaves(states[1].opt_state[1].inner_states["policy"])
+    assert not any(np.any(x) for x in moments if x.dtype == np.float32)  # nor does Adam remember what it did not do
     assert not equal(states[1].params["value"]["trunk"], start.params["value"]["trunk"])
     assert not equal(states[2].params["policy"], start.params["policy"])
     assert equal(states[2].ref_params, start.ref_params)
@@ -274,7 +276,7 @@ def test_a_separate_critic_starts_as_the_policy_in_memory_of_its_own():
     assert len(set(addresses)) == len(addresses)
 
 
-@pytest.mark.parametrize("critic", [None, 3e-2, 3e-9])
+@pytest.mark.parametrize("critic", [None, 3e-2, 3e-9, 0.0])
 def test_the_critic_has_a_learning_rate_of_its_own(critic):
     """Adam's steps are proportional to the rate: against optax's own chain of clip and AdamW, the policy's are the same and
     the critic's are scaled by the ratio of the rates."""

@@ -330,6 +330,8 @@ def test_manner_finds_phrases_of_whole_words_in_real_tokens(size, request):
     ids, mask = jax.jit(words.fold)(
         jnp.asarray(tokens), jnp.asarray(mask), words.make_vocabulary(tokenizer, len(tokenizer))
     )
-    got = jax.jit(form.manner)(blank(len(encoded))._replace(words=ids, words_mask=mask)).tolist()
+    manner, b = jax.jit(form.manner), blank(len(encoded))._replace(words=ids, words_mask=mask)
+    got = manner(b).tolist()
+    assert not manner(b._replace(words_mask=jnp.zeros_like(mask))).any()
     for text, value, wanted in zip((*BAD, *GOOD), got, [-1] * len(BAD) + [0] * len(GOOD), strict=True):
         assert value == wanted, text

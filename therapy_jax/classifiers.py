@@ -44,7 +44,7 @@ Array = jax.Array
 FORMAT = 1  # of what `save` writes
 CLASSES = {"emotion": EMOTIONS, "strategy": STRATEGIES, "client_emotion": EMOTIONS}
 WHITENED = 64  # at most: Su et al. find that the leading directions carry the meaning, the rest noise
-WIDTHS = 4  # F / D: mean and maximum of two states
+BAG = 2048  # entries of the hashed bag of tokens, a power of two
 TOKENS_AT_ONCE = 8192  # in one batch of readings
 
 
@@ -85,31 +85,45 @@ def pool(states_BTS: Array, mask: Array) -> Array:
     return jnp.concatenate([mean, jnp.where(count > 0, highest, 0.0)], -1)
 
 
+def bag(tokens: Array, mask: Array) -> Array:
+    """Which tokens stand in a text, hashed: f32[B, BAG], 1/sqrt(n) in each of the n entries that occur, so of length 1."""
+    # Knuth's multiplicative hash: the upper bits of token * 2^32 / golden ratio
+    entry = (tokens.astype(jnp.uint32) * jnp.uint32(2654435769)) >> (32 - BAG.bit_length() + 1)
+    rows = jnp.arange(len(tokens))[:, None]
+    found = jnp.zeros((len(tokens), BAG)).at[rows, entry].max(mask.astype(jnp.float32))
+    return found / jnp.sqrt(jnp.maximum(found.sum(-1, keepdims=True), 1.0))
+
+
 def read(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
-    """The reading of a text: tokens i32[B,T], mask bool[B,T] (padding on either side) -> f32[B, F].
+    """The reading of a text: tokens i32[B,T], mask bool[B,T] (padding on either side) -> f32[B, F], F = 4D + BAG.
 
     Its first D entries are the mean of the last hidden state. A row without a token reads as zeros.
     """
-    return pool(states(params, tokens, mask, model=model), mask)
+    return jnp.concatenate([pool(states(params, tokens, mask, model=model), mask), bag(tokens, mask)], -1)
 
 
 def read_client(params: Params, tokens: Array, mask: Array, now: Array, *, model: gpt2.GPT2) -> Array:
     """The reading of a client's utterance in its context: `now` bool[B,T] marks the utterance within a prompt ->
-    f32[B, 2F], pooled over the utterance (read with the context before it), then over the context."""
+    f32[B, F + 4D]: the reading of the utterance, its states having seen the context, then the context pooled."""
     states_BTS = states(params, tokens, mask, model=model)
-    return jnp.concatenate([pool(states_BTS, now), pool(states_BTS, mask & ~now)], -1)
+    return jnp.concatenate([pool(states_BTS, now), bag(tokens, now), pool(states_BTS, mask & ~now)], -1)
+
+
+def width(name: str, n_embd: int) -> int:
+    """Entries of what a head reads."""
+    return BAG + 4 * n_embd * (2 if name == "client_emotion" else 1)
 
 
 def readings(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2) -> np.ndarray:
     """`read` of many texts given as ids, of any lengths -> f32[N, F]. A text keeps its first n_positions tokens."""
     kept = [list(row[: model.config.n_positions]) for row in rows]
-    return _in_batches(params, kept, [0] * len(rows), model)[:, : WIDTHS * model.config.n_embd]
+    return _in_batches(params, kept, [0] * len(rows), model)[:, : width("emotion", model.config.n_embd)]
 
 
 def client_readings(
     params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int
 ) -> np.ndarray:
-    """`read_client` of each exchange's client turn, its prompt at most max_tokens long -> f32[N, 2F]. The annotated
+    """`read_client` of each exchange's client turn, its prompt at most max_tokens long -> f32[N, F + 4D]. The annotated
     emotion is not in what is read."""
     form = PromptConfig("context_emotion", "inferred", max_tokens)
     whole = [prompts.encode_prompt(tokenizer, e.context, e.client, form)[0] for e in exchanges]
@@ -129,7 +143,7 @@ def _in_batches(params: Params, rows: list[list[int]], starts: list[int], model:
     """`read_client` of rows whose utterance begins at `starts`, in batches of one length each, a power of two: few shapes
     to compile."""
     lengths = np.asarray([max(32, 1 << (max(len(row), 1) - 1).bit_length()) for row in rows], int)
-    out = np.zeros((len(rows), 2 * WIDTHS * model.config.n_embd), np.float32)
+    out = np.zeros((len(rows), width("client_emotion", model.config.n_embd)), np.float32)
     for length in np.unique(lengths).tolist():
         where, size = np.flatnonzero(lengths == length), max(TOKENS_AT_ONCE // length, 1)
         for part in (where[k : k + size] for k in range(0, len(where), size)):
@@ -211,9 +225,10 @@ def _epoch(state, x, labels, weights, x_held, key, *, head: Head, tx: optax.Grad
 
 def fit_head(
     head: Head, x: np.ndarray, labels: np.ndarray, x_held: np.ndarray, labels_held: np.ndarray,
-    config: ClassifierConfig, seed: int,
+    config: ClassifierConfig, seed: int, bag_at: slice = slice(0),
 ) -> tuple[Params, dict[str, Any]]:  # fmt: skip
     """Readings f32[N,F] and labels i64[N] (-1 = not annotated) of train, and held-out ones -> params, what was chosen.
+    `bag_at`: the entries that are a `bag`, which are not standardised.
 
     Cross-entropy is tried plain, balanced (w_c = N / (C N_c), as scikit-learn has it) and half-way (the root of that), and
     of all passes of the three the one with the best held-out macro-F1 is kept, the earliest of equals; the last pass where no
@@ -227,6 +242,7 @@ def fit_head(
     gold = labels_held.astype(str).tolist()
     mean, spread = x.mean(0), x.std(0)
     spread = np.where(spread > 1e-6, spread, 1.0)
+    mean[bag_at], spread[bag_at] = 0.0, 1 / 3  # by its own spread a rare token would weigh most, being known least
     x, x_held = (x - mean) / spread, (x_held - mean) / spread
 
     counts = np.bincount(labels, minlength=head.classes)
@@ -296,14 +312,16 @@ def train(
     """All three heads and the statistics, from train and validation alone. A pure function of its arguments."""
     if not data["train"]:
         raise DataError("the train split is empty, so no classifier can be trained; check data.path and data.splits")
-    heads, fitted = make_heads(config.classifiers), {}
+    heads, fitted, pooled = make_heads(config.classifiers), {}, 4 * model.config.n_embd
     both = {split: data.get(split, []) for split in ("train", "validation")}
     look = functools.partial(examples, params=params, tokenizer=tokenizer, model=model, config=config)
     x = {(name, split): look(name, part) for name in ("emotion", "client_emotion") for split, part in both.items()}
     x |= {("strategy", split): x["emotion", split][1::2] for split in both}  # a therapist's turn follows each client's
     for name, head in heads.items():
         pairs = [(x[name, split], label_ids(name, part)) for split, part in both.items()]
-        fitted[name] = fit_head(head, *pairs[0], *pairs[1], config.classifiers, config.seed)
+        fitted[name] = fit_head(
+            head, *pairs[0], *pairs[1], config.classifiers, config.seed, slice(pooled, pooled + BAG)
+        )
     statistics = (
         prior(label_ids("emotion", data["train"])[1::2], len(EMOTIONS)),
         prior(label_ids("strategy", data["train"]), len(STRATEGIES)),
@@ -317,7 +335,7 @@ def train(
 def examples(
     name: str, exchanges: Sequence[Exchange], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config
 ) -> np.ndarray:
-    """What a head reads of each turn of `said` -> f32[N, F], for client_emotion f32[N, 2F]."""
+    """What a head reads of each turn of `said` -> f32[N, F], for client_emotion f32[N, F + 4D]."""
     if name == "client_emotion":
         return client_readings(params, exchanges, tokenizer, model=model, max_tokens=config.prompt.max_tokens)
     rows = [prompts.encode_text(tokenizer, turn.text) for turn in said(name, exchanges)]
@@ -363,8 +381,7 @@ def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Cla
     expected: dict[str, Any] = {name: (len(CLASSES[name.removesuffix("_prior")]),) for name in Frozen._fields[2:4]}
     expected |= {"centre": (d,), "whiten": (d, arrays["whiten"].shape[-1] if "whiten" in arrays else 0)}
     for name, head in heads.items():
-        width = WIDTHS * d * (2 if name == "client_emotion" else 1)
-        shapes: Any = jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, width)))["params"]
+        shapes: Any = jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, width(name, d))))["params"]
         expected |= {f"{name}.{key}": x.shape for key, x in flatten(shapes).items()}
     wrong = [name for name in expected | arrays if name not in arrays or expected.get(name) != arrays[name].shape]
     if wrong:

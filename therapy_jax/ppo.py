@@ -68,7 +68,8 @@ def optimizer(cfg: PPOConfig) -> optax.GradientTransformation:
         rate = sft.schedule(peak, cfg.warmup_steps, steps, final=0.1)
         return optax.adamw(rate, weight_decay=cfg.weight_decay, mask=sft.decayed)
 
-    parts: dict[Any, Any] = {"policy": adamw(cfg.learning_rate), "value": adamw(cfg.critic_learning_rate or cfg.learning_rate)}
+    critic = cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate  # 0 is a rate, too
+    parts: dict[Any, Any] = {"policy": adamw(cfg.learning_rate), "value": adamw(critic)}
     by_part = optax.partition(parts, {"policy": "policy", "value": "value"})
     return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), by_part)
 
