@@ -1,14 +1,18 @@
 """Evaluation: answers do not depend on their batch, scores are what the formulas say, the table holds what it should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-from therapy_jax import dialogue, evaluate, gpt2, prompts, sharding
+from therapy_jax import classifiers, dialogue, evaluate, gpt2, prompts, sharding
 from therapy_jax.config import MeshConfig, PromptConfig, RewardWeights, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
+from therapy_jax.rewards.batch import Fixed, make_references
+from therapy_jax.rewards.scoring import HostRewards
 from therapy_jax.rewards.words import make_vocabulary
 
 PROMPT = PromptConfig(max_tokens=60)
@@ -85,25 +89,84 @@ def test_perplexity_and_emotion_reading_equal_the_full_distribution(rows, data, 
     assert evaluate.read_emotions(params, rows, tokenizer, model=model, batch_size=16, mesh=mesh) == likeliest
 
 
-def score(turns, exchanges, tokenizer):
-    refs = evaluate.references(exchanges, tokenizer)
-    vocabulary = make_vocabulary(tokenizer, len(tokenizer))
-    return evaluate.of_turns(turns, exchanges, refs, tokenizer, vocabulary, RewardWeights(), PROMPT)
+@pytest.fixture(scope="module")
+def scorer(data, tokenizer, model, params):
+    """As a run makes it, with classifiers that were never trained: heads of zeros answer uniformly."""
+    width = classifiers.read(params, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool), model=model).shape[1]
+
+    def head(classes):
+        made = classifiers.Head(classes=classes, hidden=0, members=1).init(jax.random.key(0), jnp.zeros((1, width)))
+        return jax.tree.map(jnp.zeros_like, made["params"])
+
+    emotions = classifiers.prior(classifiers.label_ids("emotion", data["train"])[1::2], len(EMOTIONS))
+    n = model.config.n_embd
+    frozen = classifiers.Frozen(head(7), head(10), jnp.asarray(emotions), jnp.full(10, 0.1), jnp.zeros(n), jnp.eye(n))
+    fixed = Fixed(make_vocabulary(tokenizer, model.config.padded_vocab_size), frozen)
+    weights = dataclasses.asdict(RewardWeights())
+    return evaluate.Scorer(params, model, tokenizer, fixed, weights, None, HostRewards(None, "", None))
 
 
-def test_the_therapists_own_replies_score_full_marks(data, tokenizer):
+def score(turns, exchanges, scorer):
+    refs = make_references(exchanges, scorer.trunk, scorer.tokenizer, model=scorer.model)
+    return evaluate.of_turns(turns, exchanges, refs, scorer, PROMPT)
+
+
+def test_the_therapists_own_replies_score_full_marks(data, scorer):
     exchanges = data["test"][:20]
-    system = score([e.therapist for e in exchanges], exchanges, tokenizer)
-    row = evaluate.row(system, exchanges)
-    assert system.terms["rouge_l"] == system.terms["emotion_stated"] == system.terms["ending"] == pytest.approx(1.0)
+    system = score([e.therapist for e in exchanges], exchanges, scorer)
+    row = evaluate.row(system, exchanges, lambda texts: [e.therapist.emotion for e in exchanges])
+    assert system.terms["rouge_l"] == system.terms["semantic"] == system.terms["ending"] == pytest.approx(1.0)
     assert row["rouge1"] == row["rougeL"] == row["emotion_stated_accuracy"] == row["stop_rate"] == pytest.approx(1.0)
-    weights = RewardWeights()
-    assert system.reward == pytest.approx(weights.rouge_l + weights.emotion_stated + weights.ending, abs=0.02)
+    assert row["emotion_expressed_macro_f1"] == pytest.approx(1.0)  # by an evaluator that is always right
+    # no reply says what its own reference does not, and each is as long: nothing is lost but what is repeated
+    assert system.terms["length"] == 0.0
+    expected = sum(weight * system.terms[name] for name, weight in scorer.weights.items())
+    assert system.reward == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_constant_wins_no_diversity_and_stands_in_the_table(data, tokenizer):
+def test_perplexity_of_replies_counts_their_text_and_end_alone(data, tokenizer, model, params):
+    """Against the losses of the same replies as SFT examples, less those of emotion and marker, one by one."""
+    mesh = sharding.make_mesh(MeshConfig(1))
+    exchanges = data["test"][:5]
+    judge = evaluate.LanguageModel(params, model, tokenizer, PROMPT)
+    texts = ["I hear you.", "", *(e.therapist.text for e in exchanges[2:])]
+    got = evaluate.language_perplexity(judge, texts, exchanges, batch_size=4, mesh=mesh)
+    total, count = 0.0, 0
+    for text, e in zip(texts, exchanges, strict=True):
+        turn = dialogue.Turn("therapist", text, e.therapist.emotion)
+        example = prompts.encode(tokenizer, dataclasses.replace(e, therapist=turn), PROMPT, 160)
+        ids = jnp.asarray([example.prompt + example.reply])
+        logits = gpt2.GPT2(model.config).apply({"params": params}, ids, jnp.ones(ids.shape, bool))
+        logs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits))[0])
+        said = [*prompts.encode_text(tokenizer, text), tokenizer.eos_token_id]
+        start = ids.shape[1] - len(said)
+        total += sum(logs[start + i - 1, token] for i, token in enumerate(said))
+        count += len(said)
+    assert got == pytest.approx(np.exp(-total / count), rel=1e-4)
+
+
+def test_alarm_rings_only_where_the_reward_rises_and_something_else_falls():
+    before = {"reward": 0.2, "meteor": 0.10, "distinct2": 0.5, "stop_rate": 0.95, "commonest_share": 0.02}
+
+    def alarm(**changes):
+        as_logged = [{f"validation/{k}": v for k, v in d.items()} for d in (before, {**before, **changes})]
+        return evaluate.alarm(*as_logged)
+
+    assert alarm(reward=0.3) is None
+    assert alarm(reward=0.1, meteor=0.01) is None  # nothing is gamed where the reward itself falls
+    assert alarm(reward=0.3, meteor=0.11, distinct2=0.6) is None
+    assert "meteor 0.100 -> 0.050" in str(alarm(reward=0.3, meteor=0.05))
+    assert "distinct2" in str(alarm(reward=0.3, distinct2=0.2)) and "stop_rate" in str(alarm(reward=0.3, stop_rate=0.1))
+    assert "commonest_share" in str(alarm(reward=0.3, commonest_share=0.4))
+
+
+def test_a_constant_wins_no_diversity_and_stands_in_the_table(data, scorer):
     exchanges = data["test"][:20]
-    constant, chosen = evaluate.constants(data["train"][:80], exchanges, lambda t: score(t, exchanges, tokenizer), 0)
+
+    def row_of_turns(turns):
+        return evaluate.row(score(turns, exchanges, scorer), exchanges, None)
+
+    constant, chosen = evaluate.constants(data["train"][:80], exchanges, row_of_turns, 0)
     assert constant["commonest_share"] == 1.0 and {"bleu", "rouge1", "rougeL"} <= set(chosen)
     results = {
         "data": {"name": "mesc", "split": "test", "n": 20},

@@ -219,8 +219,8 @@ def _epoch(state, x, labels, weights, x_held, key, *, head: Head, tx: optax.Grad
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), None
 
-    params, opt = jax.lax.scan(step, state, order)[0]
-    return (params, opt), head.apply({"params": params}, x_held)
+    trained: Any = jax.lax.scan(step, state, order)[0]
+    return trained, head.apply({"params": trained[0]}, x_held)
 
 
 def fit_head(
