@@ -86,8 +86,11 @@ def main(config: Config) -> None:
     finished = done
     with run.progress("ppo", cfg.iterations, done) as advance, run.count_compilations() as compiled:
         while finished < cfg.iterations and not stopped:
+            before = compiled()
             state, on_device = iterate(state, finished)
-            logged: dict[str, Any] = jax.device_get(on_device) | {"programs_compiled": compiled()}
+            if finished > done and compiled() > before:
+                console.print(f"[yellow]iteration {finished + 1} compiled a program anew: slow, and a fault of ours")
+            logged: dict[str, Any] = jax.device_get(on_device)
             run.check_finite(logged)
             finished += 1
             stopped = beyond(logged["kl"])
