@@ -142,9 +142,11 @@ def prepare(config: Config, data: dict[str, list[Exchange]], scorer: evaluate.Sc
     too_long = len(data["train"]) - len(train)
     console.print(f"ppo: {len(train):,} prompts; {too_long:,} left out: the utterance alone exceeds prompt.max_tokens")
     length = min(batching.round_up(max(map(len, rows)), PAD_TO), room)
-    held_out, held_out_rows = (x[: config.ppo.eval_prompts] for x in encoded("validation", room))
+    held_out, held_out_rows = encoded("validation", room)
     if not held_out:
         raise ConfigError("the validation split has no exchange to judge the policy by; see data.splits")
+    few = slice(config.ppo.eval_prompts)
+    held_out, held_out_rows = held_out[few], held_out_rows[few]
     return Prepared(train, batching.prompts(rows, length), refer(train), held_out, held_out_rows, refer(held_out))
 
 
@@ -175,7 +177,7 @@ def make_validation(
             policy, ready.held_out_rows, jax.random.key(0), model=scorer.model, cfg=run.decoding(config), batch_size=size, mesh=mesh
         )  # fmt: skip
         system = evaluate.of_replies(replies, ready.held_out_references, ready.held_out, scorer)
-        run.log_samples(folder, iteration, *(x[:SAMPLES] for x in (system.texts, system.emotions, ready.held_out)))
+        run.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], ready.held_out[:SAMPLES])
         found = {"reward": system.reward, "stop_rate": system.stop_rate}
         found |= metrics.text_metrics(system.texts, [turn.text for turn in therapists])
         if any(gold):

@@ -177,6 +177,19 @@ def test_fit_keeps_the_pass_it_reports(hidden):
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+def test_more_passes_never_cost_validation_score():
+    """The best pass of the first k cannot be worse for a larger k; the last pass can, at a learning rate that leaps about."""
+    rng = np.random.default_rng(7)
+    x, y, x_held, y_held = *clouds(80, rng, 3.0), *clouds(60, rng, 3.0)
+    head = classifiers.Head(3, 0, 0.0, 1)
+    found = []
+    for epochs in range(1, 9):
+        cfg = dataclasses.replace(QUICK, epochs=epochs, learning_rate=3.0)
+        params, _ = classifiers.fit_head(head, x, y, x_held, y_held, cfg, seed=0)
+        found.append(f1_score(y_held, np.asarray(head.apply({"params": params}, x_held)).argmax(-1), average="macro"))
+    assert found == pytest.approx(sorted(found), abs=1e-6) and len(set(found)) > 1
+
+
 def test_balanced_weights_are_scikit_learns(monkeypatch):
     seen = []
     real = classifiers._epoch

@@ -98,7 +98,7 @@ def test_help_needs_no_jax():
     ("script", "changes", "named"),
     [
         ("train_ppo", {}, "sft model"),
-        ("evaluate", {}, "base model"),
+        ("evaluate", {}, "sft model"),
         ("train_ppo", {"sampling.top_k": 5}, "top_k"),
         ("train_sft", {"data.path": "nowhere.jsonl"}, "nowhere.jsonl"),
         ("train_sft", {"model.name": "nobody/no-such-model"}, "nobody/no-such-model"),
