@@ -60,7 +60,7 @@ def compare(
             continue
         x = classifiers.examples(name, data["test"], params, tokenizer, model=model, config=config)
         gold = [classifiers.CLASSES[name][i] for i in y[y >= 0]]
-        head_params = found.client_emotion if name == "client_emotion" else getattr(found.frozen, name)
+        head_params: Any = found.client_emotion if name == "client_emotion" else getattr(found.frozen, name)
         logits = np.asarray(head.apply({"params": head_params}, x[y >= 0]))
         grid = [(C, balanced) for balanced in (False, True) for C in (1.0, 3.0, 10.0, 30.0)]
         fitted = [classifiers.tfidf(texts, labels, config.seed, *choice) for choice in (grid if tried[1] else grid[:1])]

@@ -42,6 +42,7 @@ from therapy_jax.gpt2 import Params
 Array = jax.Array
 
 FORMAT = 1  # of what `save` writes
+REWARDING = ("emotion", "strategy")  # the heads that reward terms need; the third costs as much again, and reads clients
 CLASSES = {"emotion": EMOTIONS, "strategy": STRATEGIES, "client_emotion": EMOTIONS}
 WHITENED = 64  # at most: Su et al. find that the leading directions carry the meaning, the rest noise
 BAG = 2048  # entries of the hashed bag of tokens, a power of two
@@ -63,7 +64,7 @@ class Classifiers(NamedTuple):
     """All that is saved in run_dir/classifiers."""
 
     frozen: Frozen
-    client_emotion: Params  # head over EMOTIONS, on `read_client`
+    client_emotion: Params | None  # head over EMOTIONS, on `read_client`; None where it was not asked for
     heads: dict[str, Head]  # by the keys of CLASSES: heads["emotion"].apply({"params": frozen.emotion}, reading)
     report: dict[str, Any]
 
@@ -307,17 +308,21 @@ def whitening(x: np.ndarray, width: int = WHITENED) -> tuple[np.ndarray, np.ndar
 
 
 def train(
-    data: dict[str, list[Exchange]], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config
-) -> Classifiers:
-    """All three heads and the statistics, from train and validation alone. A pure function of its arguments."""
+    data: dict[str, list[Exchange]], params: Params, tokenizer: Any, *, model: gpt2.GPT2, config: Config,
+    names: Sequence[str] = tuple(CLASSES),
+) -> Classifiers:  # fmt: skip
+    """The heads of these names (always those of REWARDING) and the statistics, from train and validation alone. A pure
+    function of its arguments."""
     if not data["train"]:
         raise DataError("the train split is empty, so no classifier can be trained; check data.path and data.splits")
     heads, fitted, pooled = make_heads(config.classifiers), {}, 4 * model.config.n_embd
     both = {split: data.get(split, []) for split in ("train", "validation")}
     look = functools.partial(examples, params=params, tokenizer=tokenizer, model=model, config=config)
-    x = {(name, split): look(name, part) for name in ("emotion", "client_emotion") for split, part in both.items()}
+    x = {(name, split): look(name, part) for name in {"emotion", *names} - {"strategy"} for split, part in both.items()}
     x |= {("strategy", split): x["emotion", split][1::2] for split in both}  # a therapist's turn follows each client's
     for name, head in heads.items():
+        if name not in (*REWARDING, *names):
+            continue
         pairs = [(x[name, split], label_ids(name, part)) for split, part in both.items()]
         fitted[name] = fit_head(
             head, *pairs[0], *pairs[1], config.classifiers, config.seed, slice(pooled, pooled + BAG)
@@ -329,7 +334,7 @@ def train(
     )
     frozen = Frozen(fitted["emotion"][0], fitted["strategy"][0], *map(jnp.asarray, statistics))
     report = {name: chosen for name, (_, chosen) in fitted.items()}
-    return Classifiers(frozen, fitted["client_emotion"][0], heads, {"heads": report})
+    return Classifiers(frozen, fitted.get("client_emotion", (None,))[0], heads, {"heads": report})
 
 
 def examples(
@@ -357,9 +362,9 @@ def belongs_to(config: Config, params: Params) -> dict[str, Any]:
 
 
 def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
-    """-> folder/model.safetensors and folder/report.json."""
+    """-> folder/model.safetensors, then folder/report.json: what is killed in between is not taken for whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion})
+    arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
     save_file({name: np.asarray(x) for name, x in arrays.items()}, folder / "model.safetensors")
     run.write_json(folder / "report.json", {"belongs_to": belongs, **found.report})
 
@@ -371,6 +376,7 @@ def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Cla
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         then = report.pop("belongs_to")
         differing = [key for key in belongs if then.get(key) != belongs[key]]
+        present = [name for name in CLASSES if name in report["heads"]]
         arrays = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: damaged or foreign ({type(error).__name__}); {again}") from error
@@ -380,25 +386,28 @@ def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Cla
     heads, d = make_heads(config), belongs["n_embd"]
     expected: dict[str, Any] = {name: (len(CLASSES[name.removesuffix("_prior")]),) for name in Frozen._fields[2:4]}
     expected |= {"centre": (d,), "whiten": (d, arrays["whiten"].shape[-1] if "whiten" in arrays else 0)}
-    for name, head in heads.items():
-        shapes: Any = jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, width(name, d))))["params"]
+    for name in present:
+        shapes: Any = jax.eval_shape(heads[name].init, jax.random.key(0), jnp.zeros((1, width(name, d))))["params"]
         expected |= {f"{name}.{key}": x.shape for key, x in flatten(shapes).items()}
     wrong = [name for name in expected | arrays if name not in arrays or expected.get(name) != arrays[name].shape]
     if wrong:
         raise ConfigError(f"{folder}: {', '.join(wrong[:3])} missing, unknown or of another shape; {again}")
     tree: Any = unflatten_dict({tuple(name.split(".")): jnp.asarray(x) for name, x in arrays.items()})
-    return Classifiers(Frozen(**{name: tree[name] for name in Frozen._fields}), tree["client_emotion"], heads, report)
+    frozen = Frozen(**{name: tree[name] for name in Frozen._fields})
+    return Classifiers(frozen, tree.get("client_emotion"), heads, report)
 
 
 def load_or_train(
     folder: Path, config: Config, data: dict[str, list[Exchange]], gpt2_config: gpt2.GPT2Config, params: Params,
-    tokenizer: Any,
+    tokenizer: Any, names: Sequence[str] = tuple(CLASSES),
 ) -> Classifiers:  # fmt: skip
-    """The classifiers of a run folder; whoever asks first trains and saves them."""
+    """The classifiers of a run folder, with at least the heads of these names; whoever asks first trains and saves them."""
     where, belongs = folder / "classifiers", belongs_to(config, params)
-    if where.exists():
-        return load(where, belongs, config.classifiers)
-    found = train(data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config)
+    if (where / "report.json").is_file():
+        found = load(where, belongs, config.classifiers)
+        if set(names) <= set(found.report["heads"]):
+            return found
+    found = train(data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config, names=names)
     save(where, found, belongs)
     return found
 

@@ -158,7 +158,8 @@ def make_scorer(
     from therapy_jax.rewards.words import make_vocabulary
 
     device_custom, host = scoring.load(config.rewards)
-    frozen = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer).frozen
+    names = classifiers.REWARDING
+    frozen = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer, names).frozen
     fixed = Fixed(make_vocabulary(tokenizer, gpt2_config.padded_vocab_size), frozen)
     trunk = {name: jnp.asarray(part) if not isinstance(part, dict) else part for name, part in params.items()}
     weights = combine.weights_of(config.rewards)
