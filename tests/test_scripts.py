@@ -196,3 +196,40 @@ def test_ppo_killed_and_started_again_ends_where_it_would_have(finished, tmp_pat
 
     assert log(other) == log(finished)
     assert (other / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+
+
+def beside(finished: Path, folder: Path) -> Path:
+    """A run folder that starts from the SFT model and the classifiers of another."""
+    (folder / "sft").mkdir(parents=True)
+    (folder / "sft" / "model").symlink_to(finished / "sft" / "model")
+    (folder / "classifiers").symlink_to(finished / "classifiers")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_policy_that_leaves_its_reference_is_stopped_and_stays_so(finished, tmp_path):
+    """KL is 0 at the first iteration and above 1e-6 nats at the second: the limit must end the run there, state saved."""
+    args = command("train_ppo", beside(finished, tmp_path / "run"), **{"ppo.max_kl": 1e-6})
+    for _ in range(2):  # the second start finds it stopped
+        done = run(args)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "stopped at iteration 2" in done.stdout and "ppo.max_kl" in done.stdout
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1, 2]
+    assert (tmp_path / "run" / "ppo" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_mistakes_in_what_judges_are_one_sentence(finished, tmp_path):
+    folder = beside(finished, tmp_path / "run")
+    (tmp_path / "my.py").write_text("def f(samples):\n    return {'warmth': [0.5] * len(samples)}\n")
+    custom = {"path": f"{tmp_path}/my.py:f", "on": "host", "weights": {"warmht": 1.0}}
+    for changes, named in (
+        ({"ppo.keep_best": "rougeX"}, "keep_best"),
+        ({"rewards.custom": json.dumps(custom)}, "gives no warmht; it gives warmth"),
+        ({"evaluate.language_model": str(finished)}, "seed"),
+        ({"rewards.encoder": str(tmp_path)}, str(tmp_path)),
+    ):
+        done = run(command("train_ppo", folder, **changes))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert named in " ".join(done.stdout.split()) and "Traceback" not in done.stderr
