@@ -76,13 +76,13 @@ def main(config: Config) -> None:
             names = ", ".join(sorted(name.removeprefix("validation/") for name in at_start))
             raise ConfigError(f"ppo.keep_best: there is no validation metric {cfg.keep_best}; there are {names}")
         run.log(folder, "ppo", 0, at_start, began)
-        checkpoint.save(manager, 0, state, belongs_to, at_start | {"kl": 0.0})
+        checkpoint.save(manager, 0, state, belongs_to, at_start | {"kl_k3": 0.0})
 
     def beyond(kl: float) -> bool:
         return cfg.max_kl is not None and kl > cfg.max_kl
 
     iterate = compile_iteration(config, model, tx, ready, scorer, mesh)
-    stopped = beyond(checkpoint.metric_of(manager, done, "kl"))  # in an earlier start: it stays so
+    stopped = beyond(checkpoint.metric_of(manager, done, "kl_k3"))  # in an earlier start: it stays so
     finished = done
     with run.progress("ppo", cfg.iterations, done) as advance, run.count_compilations() as compiled:
         while finished < cfg.iterations and not stopped:
@@ -93,14 +93,14 @@ def main(config: Config) -> None:
             logged: dict[str, Any] = jax.device_get(on_device)
             run.check_finite(logged)
             finished += 1
-            stopped = beyond(logged["kl"])
+            stopped = beyond(logged["kl_k3"])
             if finished % cfg.eval_every == 0 or finished == cfg.iterations or stopped:
                 found = evaluate_policy(state.params["policy"], finished)
                 logged |= found
                 if alarm := evaluate.alarm(at_start, found):
                     console.print(f"[bold yellow]alarm[/] at iteration {finished}: {alarm}")
                     logged["alarm"] = alarm
-                checkpoint.save(manager, finished, state, belongs_to, found | {"kl": float(logged["kl"])})
+                checkpoint.save(manager, finished, state, belongs_to, found | {"kl_k3": float(logged["kl_k3"])})
             run.log(folder, "ppo", finished, logged, began)
             advance(finished, **{k: float(logged[k]) for k in ("score", "kl", "reply_tokens")})
     if stopped:

@@ -288,7 +288,8 @@ class PPOConfig:
     max_update_kl: float | None = 0.1
     """Mean per-token KL (nats, k3) of old to new policy above which the rest of an update is skipped; null = never."""
     max_kl: float | None = None
-    """KL per reply to the SFT policy (nats, summed over tokens) above which the run ends, with its state saved; null = never."""
+    """KL per reply to the SFT policy (nats, summed over tokens; k3, which is never negative by chance) above which the run
+    ends, with its state saved; null = never."""
     value_head: Literal["shared", "detached", "separate"] = "shared"
     """Where the critic reads: `shared` = a linear head on the policy's last hidden state, `detached` = the same without
     gradients into the policy, `separate` = a GPT-2 of its own that starts as a copy of the SFT model."""
