@@ -326,6 +326,8 @@ class PPOConfig:
             f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.minibatches ({self.minibatches})",
         )
         require(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target must be above 0, not {self.kl_target}")
+        rate = self.critic_learning_rate
+        require(rate is None or rate >= 0, f"ppo.critic_learning_rate must be 0 or above, not {rate}")
         require(self.max_kl is None or self.max_kl > 0, f"ppo.max_kl must be above 0, not {self.max_kl}")
         require(self.kl_horizon > 0, f"ppo.kl_horizon must be above 0, not {self.kl_horizon}")
         for name in (

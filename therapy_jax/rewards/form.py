@@ -58,7 +58,7 @@ def sameness(batch: RewardBatch) -> Array:
 
     Each bigram of the batch counts as new once, shared out among all who say it; so 1 + the mean over all bigrams is
     Distinct-2 of the batch (Li et al. 2016). A mark stands before the first word: replies of one word have a bigram too,
-    and a policy that always says the same earns -1 + 1 / B, whatever it says.
+    and a policy that always says the same earns -1 + 1 / B at most, whatever it says.
     """
     start = jnp.ones_like(batch.words[:, :1])
     grams, valid = ngrams(
