@@ -281,6 +281,14 @@ def test_damaged_or_foreign_classifiers_are_refused(fault, run_dir, trunk, sampl
     assert named.get(fault, "damaged") in str(error.value)
 
 
+def test_means_are_the_first_entries_of_readings(trunk):
+    config, params, _ = trunk
+    rows = [[5, 6, 7], [], list(range(8, 60)), [9]]
+    model = gpt2.GPT2(config)
+    whole = classifiers.readings(params, rows, model=model)
+    np.testing.assert_allclose(classifiers.means(params, rows, model=model), whole[:, : config.n_embd], rtol=1e-5, atol=1e-6)
+
+
 def test_the_reading_of_clients_is_made_when_asked_for_and_what_was_half_saved_is_made_anew(trunk, sample, tmp_path):
     few = {split: part[:12] for split, part in sample.items()}
     found = classifiers.load_or_train(tmp_path, CONFIG, few, *trunk, names=classifiers.REWARDING)

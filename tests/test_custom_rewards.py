@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from therapy_jax import batching, classifiers, dialogue, gpt2, prompts
+from therapy_jax import batching, classifiers, dialogue, gpt2, prompts, run
 from therapy_jax.config import ConfigError, CustomReward, PromptConfig, RewardConfig
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES
 from therapy_jax.rewards import combine, custom, scoring
@@ -301,3 +301,11 @@ def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_devi
     for name in names | {"reply_tokens", "policy_loss", "grad_norm"}:
         assert host[name] == pytest.approx(device[name], rel=1e-4, abs=1e-5), name  # the log holds six digits
     assert host["weighted/brevity"] == pytest.approx(2 * host["reward/brevity"], rel=1e-5)
+
+
+def test_a_term_that_is_nan_is_named_before_the_loss_that_it_spoils():
+    nan = float("nan")
+    with pytest.raises(ConfigError, match="reward term warmth is nan"):
+        run.check_finite({"grad_norm": nan, "loss": nan, "reward/rouge_l": 0.1, "reward/warmth": nan})
+    with pytest.raises(ConfigError, match="grad_norm is inf"):
+        run.check_finite({"grad_norm": float("inf"), "reward/warmth": 0.5})

@@ -121,6 +121,13 @@ def readings(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2)
     return _in_batches(params, kept, [0] * len(rows), model)[:, : width("emotion", model.config.n_embd)]
 
 
+def means(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2) -> np.ndarray:
+    """The mean of the last hidden state of many texts given as ids -> f32[N, D]: `readings[:, :D]`, and no more than that
+    is computed and brought to the host."""
+    kept = [list(row[: model.config.n_positions]) for row in rows]
+    return _in_batches(params, kept, [0] * len(rows), model, _mean, model.config.n_embd)
+
+
 def client_readings(
     params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int
 ) -> np.ndarray:
@@ -140,17 +147,25 @@ def _read(params: Params, tokens: Array, mask: Array, starts: Array, *, model: g
     return read_client(params, tokens, mask, now, model=model)
 
 
-def _in_batches(params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2) -> np.ndarray:
-    """`read_client` of rows whose utterance begins at `starts`, in batches of one length each, a power of two: few shapes
-    to compile."""
+@functools.partial(jax.jit, static_argnames="model")
+def _mean(params: Params, tokens: Array, mask: Array, starts: Array, *, model: gpt2.GPT2) -> Array:
+    hidden_BTD = jnp.asarray(model.apply({"params": params}, tokens, mask, method="hidden")[0])
+    return pool(hidden_BTD, mask)[:, : model.config.n_embd]
+
+
+def _in_batches(
+    params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2, program: Any = _read, size_out: int = 0
+) -> np.ndarray:
+    """`program` (`read_client`, or what gives size_out entries) of rows whose utterance begins at `starts`, in batches of
+    one length each, a power of two: few shapes to compile."""
     lengths = np.asarray([max(32, 1 << (max(len(row), 1) - 1).bit_length()) for row in rows], int)
-    out = np.zeros((len(rows), width("client_emotion", model.config.n_embd)), np.float32)
+    out = np.zeros((len(rows), size_out or width("client_emotion", model.config.n_embd)), np.float32)
     for length in np.unique(lengths).tolist():
         where, size = np.flatnonzero(lengths == length), max(TOKENS_AT_ONCE // length, 1)
         for part in (where[k : k + size] for k in range(0, len(where), size)):
             filled = [*part, *[part[0]] * (size - len(part))]
             tokens, mask = batching.pad([rows[i] for i in filled], length, "right")
-            found = _read(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model)  # pyright: ignore
+            found = program(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model)
             out[part] = np.asarray(found)[: len(part)]
     return out
 

@@ -42,7 +42,7 @@ def main(script: Callable[[Config], None], description: str) -> None:
     """Parse the command line, run the script; a user's mistake ends with one sentence and exit code 2, no traceback."""
     config = config_module.parse(description=description)
     from therapy_jax.checkpoint import CheckpointError
-    from therapy_jax.rewards.custom import RewardError
+    from therapy_jax.rewards.combine import RewardError
     from therapy_jax.weights import WeightsError
 
     try:
@@ -150,6 +150,7 @@ def make_scorer(
 ) -> Any:
     """What gives replies their reward terms (evaluate.Scorer): the SFT model as trunk, the classifiers of the run folder
     (trained now where there are none yet), and the rewards that the config names."""
+    import jax
     import jax.numpy as jnp
 
     from therapy_jax import classifiers, evaluate, gpt2
@@ -158,10 +159,10 @@ def make_scorer(
     from therapy_jax.rewards.words import make_vocabulary
 
     device_custom, host = scoring.load(config.rewards)
+    trunk = jax.tree.map(jnp.asarray, params)  # once on the device, and not again at each reading
     names = classifiers.REWARDING
-    frozen = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer, names).frozen
+    frozen = classifiers.load_or_train(folder, config, data, gpt2_config, trunk, tokenizer, names).frozen
     fixed = Fixed(make_vocabulary(tokenizer, gpt2_config.padded_vocab_size), frozen)
-    trunk = {name: jnp.asarray(part) if not isinstance(part, dict) else part for name, part in params.items()}
     weights = combine.weights_of(config.rewards)
     return evaluate.Scorer(trunk, gpt2.GPT2(gpt2_config), tokenizer, fixed, weights, device_custom, host)
 
@@ -275,8 +276,9 @@ def log_samples(
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:
-    """Raises ConfigError naming the first metric that is NaN or infinite: going on would only spoil the checkpoints."""
-    for name, value in metrics.items():
+    """Raises ConfigError naming a metric that is NaN or infinite: going on would only spoil the checkpoints. Reward terms
+    are looked at first, since one that is NaN makes the loss and all that follows NaN."""
+    for name, value in sorted(metrics.items(), key=lambda item: not item[0].startswith("reward/")):
         if not math.isfinite(value):
             what = f"reward term {name.removeprefix('reward/')}" if name.startswith("reward/") else name
             raise ConfigError(

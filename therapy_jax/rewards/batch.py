@@ -10,7 +10,7 @@ import numpy as np
 
 from therapy_jax import batching, classifiers, gpt2, prompts
 from therapy_jax.classifiers import Frozen
-from therapy_jax.dialogue import EMOTIONS, STRATEGIES, Exchange
+from therapy_jax.dialogue import Exchange
 from therapy_jax.gpt2 import Array, Params
 from therapy_jax.rewards.words import Vocabulary, fold
 
@@ -73,18 +73,14 @@ def make_references(
     def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         return batching.pad(rows, batching.round_up(max(map(len, rows)), PAD_TO), "right")
 
-    def mean_hidden(rows: list[list[int]]) -> np.ndarray:
-        return classifiers.readings(trunk, rows, model=model)[:, : model.config.n_embd]
-
-    def ids(labels: list[str | None], classes: tuple[str, ...]) -> np.ndarray:
-        return np.asarray([classes.index(label) if label in classes else -1 for label in labels], np.int32)
-
-    arrays: list[Any] = [*padded(replies), *padded(clients), *map(mean_hidden, (replies, clients, before))]
-    labels: list[Any] = [
-        ids([e.therapist.emotion for e in exchanges], EMOTIONS),
-        ids([e.therapist.strategy for e in exchanges], STRATEGIES),
+    emotion = classifiers.label_ids("emotion", exchanges)[1::2]  # of client and therapist in turn
+    arrays: list[Any] = [
+        *padded(replies),
+        *padded(clients),
+        *(classifiers.means(trunk, rows, model=model) for rows in (replies, clients, before)),
+        *(ids.astype(np.int32) for ids in (emotion, classifiers.label_ids("strategy", exchanges))),
     ]
-    return References(*arrays, *labels)
+    return References(*arrays)
 
 
 def first(hits: Array) -> Array:

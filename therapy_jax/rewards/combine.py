@@ -47,6 +47,10 @@ TERMS: dict[str, Term] = {  # the names are the fields of config.RewardWeights
 }
 
 
+class RewardError(ValueError):
+    """A reward that cannot be used; the message names the term or the function, and the sample where there is one."""
+
+
 class RunningStats(NamedTuple):
     """Of every value of a term so far. Pytrees of f32[], one leaf a term."""
 
@@ -77,11 +81,11 @@ def weights_of(config: RewardConfig) -> dict[str, float]:
 
 
 def check(name: str, values: Any, size: int) -> None:
-    """Raises ValueError, naming the term, for another shape than [B] or another dtype than float32: a single number would
+    """Raises RewardError, naming the term, for another shape than [B] or another dtype than float32: a single number would
     silently broadcast, and integers would silently lose fractions."""
     if getattr(values, "shape", None) != (size,) or values.dtype != jnp.float32:
         what = f"{values.dtype}{list(values.shape)}" if hasattr(values, "dtype") else type(values).__name__
-        raise ValueError(f"reward term {name} gives {what}, it must give float32[{size}]")
+        raise RewardError(f"reward term {name} gives {what}, it must give float32[{size}]")
 
 
 def raw_terms(
@@ -89,13 +93,13 @@ def raw_terms(
     terms: Mapping[str, Term] = TERMS,
 ) -> Raw:  # fmt: skip
     """-> {name: f32[B]}, every term computed, also those of weight 0. `custom`: more of them from a user's function, which
-    may not take a name that stands here. Raises ValueError (see `check`)."""
+    may not take a name that stands here. Raises RewardError (see `check`)."""
     raw = {name: term(batch) for name, term in terms.items()}
     more = custom(batch) if custom else {}
     if not isinstance(more, Mapping):
-        raise ValueError(f"the custom reward gives a {type(more).__name__}, it must give a dict of name to float32[B]")
+        raise RewardError(f"the custom reward gives a {type(more).__name__}, it must give a dict of name to float32[B]")
     if taken := sorted(set(raw) & set(more)):
-        raise ValueError(f"the custom reward gives {', '.join(taken)}, which is a term of ours; choose another name")
+        raise RewardError(f"the custom reward gives {', '.join(taken)}, which is a term of ours; choose another name")
     raw |= dict(more)
     for name, values in raw.items():
         check(name, values, batch.tokens.shape[0])

@@ -26,11 +26,7 @@ import numpy as np
 from therapy_jax import prompts
 from therapy_jax.config import ConfigError, CustomReward, RewardWeights
 from therapy_jax.dialogue import Exchange
-from therapy_jax.rewards.combine import Raw
-
-
-class RewardError(ValueError):
-    """A reward that cannot be used; the message names the function, and the sample where there is one."""
+from therapy_jax.rewards.combine import Raw, RewardError
 
 
 class Sample(NamedTuple):

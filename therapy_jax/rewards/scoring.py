@@ -67,7 +67,9 @@ def host_terms(
     samples = custom.make_samples(tokenizer, replies, exchanges)
     if host.encoder is not None:
         texts = [[s.reply, s.reference, s.client, " ".join(s.context)] for s in samples]
-        vectors = encoder.embed_texts(host.encoder, [text for four in texts for text in four])
+        place = {text: i for i, text in enumerate(dict.fromkeys(text for four in texts for text in four))}
+        known = encoder.embed_texts(host.encoder, list(place))  # once, however many replies answer the same prompt
+        vectors = known[[place[text] for four in texts for text in four]]
         some = np.asarray([[bool(text.strip()) for text in four] for four in texts])
         vectors = jnp.asarray(np.where(some[..., None], vectors.reshape(len(samples), 4, -1), 0.0))
         names = ("meaning", "reference_meaning", "client_meaning", "context_meaning")
