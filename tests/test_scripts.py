@@ -226,10 +226,13 @@ def test_a_policy_that_leaves_its_reference_is_stopped_and_stays_so(finished, tm
 def test_mistakes_in_what_judges_are_one_sentence(finished, tmp_path):
     folder = beside(finished, tmp_path / "run")
     (tmp_path / "my.py").write_text("def f(samples):\n    return {'warmth': [0.5] * len(samples)}\n")
+    (tmp_path / "whole.py").write_text("def f(batch):\n    return {'words': batch.words_mask.sum(-1)}\n")
     custom = {"path": f"{tmp_path}/my.py:f", "on": "host", "weights": {"warmht": 1.0}}
+    whole = {"path": f"{tmp_path}/whole.py:f", "on": "device"}  # gives whole numbers, which would lose every fraction
     for changes, named in (
         ({"ppo.keep_best": "rougeX"}, "keep_best"),
         ({"rewards.custom": json.dumps(custom)}, "gives no warmht; it gives warmth"),
+        ({"rewards.custom": json.dumps(whole)}, "reward term words gives int32[2], it must give float32[2]"),
         ({"evaluate.language_model": str(finished)}, "seed"),
         ({"rewards.encoder": str(tmp_path)}, str(tmp_path)),
     ):
