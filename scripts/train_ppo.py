@@ -44,8 +44,8 @@ def main(config: Config) -> None:
     folder = run.start(config, "train_ppo")
     began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divides(cfg.batch_size // cfg.minibatches, mesh, "ppo.batch_size / ppo.minibatches")
-    sharding.check_divides(cfg.batch_size // cfg.replies_per_prompt, mesh, "ppo.batch_size / ppo.replies_per_prompt")
+    part = cfg.batch_size // cfg.replies_per_prompt // cfg.minibatches
+    sharding.check_divides(part, mesh, "ppo.batch_size / ppo.replies_per_prompt / ppo.minibatches")
     data = {
         split: [e for d in part for e in exchanges(d)]
         for split, part in run.read_data(config.data, config.seed).items()

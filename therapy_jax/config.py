@@ -255,7 +255,7 @@ class PPOConfig:
     epochs: int = 2
     """Passes over a rollout."""
     minibatches: int = 2
-    """Optimizer steps per pass; divides batch_size."""
+    """Optimizer steps per pass; divides the number of prompts, batch_size / replies_per_prompt."""
     learning_rate: float = 1e-5
     """Peak; after warm-up it decays linearly to a tenth."""
     warmup_steps: int = 4
@@ -322,8 +322,9 @@ class PPOConfig:
             f"ppo.critic_warmup needs ppo.estimator: gae; {self.estimator} has no critic",
         )
         require(
-            self.minibatches >= 1 and self.batch_size % self.minibatches == 0,
-            f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.minibatches ({self.minibatches})",
+            self.minibatches >= 1 and self.batch_size // self.replies_per_prompt % self.minibatches == 0,
+            f"ppo.batch_size / ppo.replies_per_prompt ({self.batch_size // self.replies_per_prompt}) must be a multiple "
+            f"of ppo.minibatches ({self.minibatches})",
         )
         require(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target must be above 0, not {self.kl_target}")
         rate = self.critic_learning_rate

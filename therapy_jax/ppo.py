@@ -51,7 +51,7 @@ class PPOState(NamedTuple):
 class Rollout(NamedTuple):
     """Replies and all that the update needs of them; f32[B,R] where nothing else is said, 0 outside the mask."""
 
-    prompt: Prompt
+    prompt: Prompt  # N of them; their B / N replies each stand side by side
     tokens: Array  # i32[B,R]
     mask: Array  # bool[B,R]
     old_logprobs: Array
@@ -126,14 +126,10 @@ def rollout(
     that one compiled program serves every run). The keys of iteration k derive from (key, k).
     """
     sample_key, _ = jax.random.split(jax.random.fold_in(key, state.step))
-    prompt, references = repeat((prompt, references), cfg.replies_per_prompt)
-    reply = generate(state.params["policy"], prompt, sample_key, model=model, cfg=sampling)
+    times = cfg.replies_per_prompt
+    reply = generate(state.params["policy"], prompt, sample_key, model=model, cfg=sampling, times=times)
+    references = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), references)
     return reply, *score_fn(state.ref_params, reply, references, fixed)
-
-
-def repeat(tree: Any, times: int) -> Any:
-    """Rows of every array `times` times, copies side by side: [N, ...] -> [N * times, ...]."""
-    return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 def judge(
@@ -219,23 +215,27 @@ def ppo_update(
     cfg: PPOConfig,
     temperature: float = 1.0,
 ) -> tuple[PPOState, Metrics]:
-    """cfg.epochs passes over the rollout in cfg.minibatches random parts: a scan within a scan.
+    """cfg.epochs passes over the rollout in cfg.minibatches random parts: a scan within a scan. Prompts are dealt out to
+    the parts, each with all its replies.
 
     Once the policy has moved by more than cfg.max_update_kl, the rest of the update leaves it as it is (no early exit: the
     program has one shape). In the first cfg.critic_warmup iterations the policy's gradients and updates are 0. Metrics are
     means over the steps that were taken; ratio_gap_start is the largest |ratio - 1| of the first one, before anything has
     moved; skipped counts the steps left out.
     """
-    size = rollout.tokens.shape[0]
+    prompts = rollout.prompt.tokens.shape[0]
     value_and_grad = jax.value_and_grad(ppo_loss, has_aux=True)
     policy_learns = (state.step >= cfg.critic_warmup).astype(jnp.float32)
 
     def warm(tree):  # gradients, so that Adam's moments stay clean; updates, for the weight decay
         return {**tree, "policy": jax.tree.map(lambda x: x * policy_learns, tree["policy"])}
 
+    def take(x, indices):  # rows of these prompts, from [N, ...] or from [N * replies, ...]
+        return x.reshape(prompts, -1, *x.shape[1:])[indices].reshape(-1, *x.shape[1:])
+
     def minibatch_step(carry, indices):
         params, opt_state, stopped = carry
-        part = jax.tree.map(lambda x: x[indices], rollout)
+        part = jax.tree.map(lambda x: take(x, indices), rollout)
         (_, metrics), grads = value_and_grad(params, part, model=model, cfg=cfg, temperature=temperature)
         if cfg.max_update_kl is not None:
             stopped = stopped | (metrics["update_kl"] > cfg.max_update_kl)
@@ -247,7 +247,7 @@ def ppo_update(
         return (params, opt_state, stopped), metrics
 
     def epoch(carry, epoch_key):
-        order = jax.random.permutation(epoch_key, size).reshape(cfg.minibatches, -1)
+        order = jax.random.permutation(epoch_key, prompts).reshape(cfg.minibatches, -1)
         return jax.lax.scan(minibatch_step, carry, order)
 
     start = (state.params, state.opt_state, jnp.bool_(False))
@@ -295,7 +295,6 @@ def learn(
     """Replies and their raw reward terms -> the state after one iteration, and its metrics."""
     _, update_key = jax.random.split(jax.random.fold_in(key, state.step))
     scores, stats, terms = combine_fn(raw, state.reward_stats)
-    prompt = repeat(prompt, cfg.replies_per_prompt)
     batch, seen = judge(state, prompt, reply, scores, model=model, cfg=cfg, temperature=temperature)
     state, update = ppo_update(state, batch, update_key, model=model, tx=tx, cfg=cfg, temperature=temperature)
     kl_coef = adapt_kl_coef(state.kl_coef, seen["kl"], reply.tokens.shape[0], cfg=cfg)

@@ -1,6 +1,6 @@
 """Generation as one compiled program: prefill the cache with the prompts, then decode token by token until all have ended.
 
-Prompts are padded on the left, so all replies start in the same column; positions come from the mask, so a reply is the
+A prompt that is answered several times is read once. Prompts are padded on the left, so all replies start in the same column; positions come from the mask, so a reply is the
 same alone, in a batch, and behind any amount of padding. Each row draws from a key of its own, so that holds for sampled
 replies too.
 
@@ -75,23 +75,31 @@ def draw(logits: Array, uniform: Array) -> Array:
     return (block * 128 + token).astype(jnp.int32)
 
 
-def generate(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cfg: SamplingConfig) -> Reply:
-    """Prompts -> replies. key: one for the batch (row i draws from fold_in(key, i)), or one per row, [B].
+def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt2.GPT2) -> tuple[Array, gpt2.KVCache]:
+    """Each of N prompts is read once, however many replies follow -> the hidden state at its end, f32[N * times, D], and a
+    cache with room for more tokens; the copies of a prompt stand side by side."""
+    batch, length = prompt.tokens.shape
+    cache = gpt2.init_cache(model.config, batch, length + room)
+    hidden_NPD, cache = model.apply({"params": params}, *prompt, cache, method="hidden")
+    k, v, mask = (jnp.repeat(x, times, axis) for x, axis in ((cache.k, 1), (cache.v, 1), (cache.mask, 0)))
+    return jnp.repeat(hidden_NPD[:, -1], times, 0), gpt2.KVCache(k, v, mask, cache.index)
+
+
+def generate(
+    params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cfg: SamplingConfig, times: int = 1
+) -> Reply:
+    """N prompts -> B = N * times replies. key: one for the batch (row i draws from fold_in(key, i)), or one per row, [B].
 
     Stops when every reply has ended, at the latest after cfg.max_new_tokens. P + max_new_tokens must not exceed the
     model's positions (ValueError): beyond them GPT-2 has never learnt anything.
     """
-    batch, length = prompt.tokens.shape
+    batch, length = prompt.tokens.shape[0] * times, prompt.tokens.shape[1]
     limit, config = cfg.max_new_tokens, model.config
     if length + limit > config.n_positions:
         raise ValueError(
             f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions"
         )
     row_keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
-
-    def forward(tokens, mask, cache):
-        hidden_BTD, cache = model.apply({"params": params}, tokens, mask, cache, method="hidden")
-        return gpt2.head(config, params["wte"], hidden_BTD[:, -1]), cache  # the last position only: [B, V]
 
     def choose(step, logits):
         logits = temper(logits, cfg.temperature)
@@ -111,22 +119,29 @@ def generate(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cf
         logprob = jnp.where(alive, gpt2.token_logprobs(tempered, token), 0.0)
         reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
         going_on = alive & (token != config.eos_token_id)
-        logits, cache = forward(token[:, None], alive[:, None], cache)
-        return step + 1, reply, cache, going_on, logits
+        hidden_B1D, cache = model.apply({"params": params}, token[:, None], alive[:, None], cache, method="hidden")
+        return step + 1, reply, cache, going_on, gpt2.head(config, params["wte"], hidden_B1D[:, 0])
 
-    logits, cache = forward(prompt.tokens, prompt.mask, gpt2.init_cache(config, batch, length + limit))
+    hidden_BD, cache = prefill(params, prompt, times, limit, model=model)
     empty = Reply(
         jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
     )
-    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits)
+    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), gpt2.head(config, params["wte"], hidden_BD))
     return jax.lax.while_loop(unfinished, decode, start)[1]
 
 
 def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
-    """Hidden states from which each reply token is predicted: f32[B,R,D] (the last prompt position predicts the first)."""
-    both = jnp.concatenate([prompt.tokens, tokens], 1), jnp.concatenate([prompt.mask, mask], 1)
-    hidden_BTD, _ = model.apply({"params": params}, *both, method="hidden")
-    return hidden_BTD[:, prompt.tokens.shape[1] - 1 : -1]
+    """Hidden states from which each reply token is predicted: f32[B,R,D] (the end of the prompt predicts the first).
+
+    tokens i32[B,R], mask bool[B,R]: the replies to N prompts, B / N to each, side by side. A prompt is read once for all its
+    replies, forward and backward: N * P + B * R tokens, where prompt + reply of every reply would be B * (P + R).
+    """
+    room = tokens.shape[1] - 1  # nothing is predicted from the last token
+    end_BD, cache = prefill(params, prompt, tokens.shape[0] // prompt.tokens.shape[0], room, model=model)
+    if room == 0:
+        return end_BD[:, None]
+    hidden_BRD, _ = model.apply({"params": params}, tokens[:, :-1], mask[:, :-1], cache, method="hidden")
+    return jnp.concatenate([end_BD[:, None], hidden_BRD], 1)
 
 
 def reply_logprobs(
