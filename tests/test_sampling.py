@@ -113,6 +113,36 @@ def test_logprobs_are_those_of_the_one_function(params):
         np.testing.assert_allclose(entropy, np.where(reply.mask, -(p * np.log(p)).sum(-1), 0), atol=1e-4)
 
 
+def test_a_prompt_read_once_gives_what_each_reply_behind_its_own_copy_gives(params):
+    """Three replies to each of four prompts, of mixed lengths: hidden states and gradients equal those of twelve rows
+    prompt + reply, one forward without a cache, in other words other programs on other shapes (hence the tolerance)."""
+    model, times = gpt2.GPT2(CONFIG), 3
+    prompt = batching.prompts(PROMPTS, 5)
+    reply = jax.jit(functools.partial(sampling.generate, model=model, cfg=SamplingConfig(12, 1.0), times=times))(
+        params, prompt, jax.random.key(2)
+    )
+    assert len({tuple(row) for row in np.asarray(reply.tokens).tolist()}) == 12
+    mask = np.arange(12) < np.random.default_rng(0).integers(0, 13, (12, 1))  # as if they had ended there
+
+    def once(params):
+        return sampling.reply_hidden(params, prompt, reply.tokens, mask, model=model)
+
+    def copied(params):
+        rows = [jnp.repeat(jnp.asarray(x), times, 0) for x in prompt]
+        both = [jnp.concatenate(pair, 1) for pair in ((rows[0], reply.tokens), (rows[1], mask))]
+        return model.apply({"params": params}, *both, method="hidden")[0][:, 4:-1]
+
+    def pulled(states):  # any function of the reply's states, and its gradient
+        weights = jnp.cos(jnp.arange(12 * 12 * CONFIG.n_embd)).reshape(12, 12, -1) * mask[..., None]
+        return jax.jit(jax.value_and_grad(lambda p: (states(p) * weights).sum()))(params)
+
+    np.testing.assert_allclose(once(params)[mask], copied(params)[mask], atol=2e-5)
+    (value, grads), (expected, expected_grads) = pulled(once), pulled(copied)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-3)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
 class Counting:
     """A model that says the next number, and counts how often it is run: makes every token and step predictable."""
 
