@@ -61,7 +61,10 @@ def main(config: Config) -> None:
     sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
     belongs_to = {"stage": "ppo", "model": dataclasses.asdict(gpt2_config), **settings}
-    best_metric, mode = f"validation/{cfg.keep_best.removeprefix('-')}", "min" if cfg.keep_best.startswith("-") else "max"
+    best_metric, mode = (
+        f"validation/{cfg.keep_best.removeprefix('-')}",
+        "min" if cfg.keep_best.startswith("-") else "max",
+    )
     manager = checkpoint.manager(folder / "ppo" / "checkpoints", best=best_metric, mode=mode)
     restored = checkpoint.restore(manager, state, belongs_to)
     state, done = restored or (state, 0)
@@ -112,7 +115,9 @@ def main(config: Config) -> None:
         state, _ = checkpoint.restore(manager, state, belongs_to, step=best) or (state, 0)
     export(folder / "ppo", gpt2_config, state, tokenizer)
     kept = checkpoint.metric_of(manager, best, best_metric)
-    console.print(f"ppo: best {best_metric} {kept:.4f} at iteration {best} (SFT: iteration 0); model in {folder / 'ppo'}")
+    console.print(
+        f"ppo: best {best_metric} {kept:.4f} at iteration {best} (SFT: iteration 0); model in {folder / 'ppo'}"
+    )
     manager.close()
     if done < finished:
         run.note_environment(folder, "ppo", time.monotonic() - began)

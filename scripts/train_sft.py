@@ -6,6 +6,7 @@ the config has a `pretrain` part. Stopped and started again, each stage goes on 
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from therapy_jax import batching, checkpoint, gpt2, prompts, run, sft, sharding, weights
+from therapy_jax import batching, checkpoint, gpt2, packing, prompts, run, sft, sharding, weights
 from therapy_jax.batching import Batch
 from therapy_jax.config import Config, TrainingConfig
 from therapy_jax.dialogue import Dialogue, exchanges
+from therapy_jax.prompts import Example
 from therapy_jax.run import console
 
 BATCHES_PER_VALIDATION = 32  # at most: a validation loss should cost little beside eval_every steps
@@ -38,21 +40,16 @@ def main(config: Config) -> None:
         gpt2_config, dropout=config.model.dropout, compute_dtype=run.compute_dtype(config)
     )
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
-    examples = {split: [encode(e) for d in part for e in exchanges(d)] for split, part in dialogues.items()}
+    conversations = {split: [[encode(e) for e in exchanges(d)] for d in part] for split, part in dialogues.items()}
+    examples = {split: list(itertools.chain(*part)) for split, part in conversations.items()}
     dropped = sum(e.dropped_turns for part in examples.values() for e in part)
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in examples.items())
     console.print(f"sft: {sizes} exchanges; {dropped:,} context turns left out to fit prompt.max_tokens")
 
-    lengths = [len(e.prompt) + len(e.reply) for e in examples["train"]]
-    per_epoch = math.ceil(len(lengths) / config.sft.batch_size)
-
-    @functools.lru_cache(maxsize=2)
-    def plan(epoch: int):
-        return batching.epoch_batches(lengths, config.sft.batch_size, config.sft.pad_to, config.seed, epoch)
-
-    def batch_of(step: int) -> Batch:
-        indices, length = plan(step // per_epoch)[step % per_epoch]
-        return batching.supervised([examples["train"][i] for i in indices], config.sft.batch_size, length)
+    if config.sft.row_tokens is None:
+        batch_of, per_epoch = one_exchange_a_row(config, examples["train"])
+    else:
+        batch_of, per_epoch = whole_conversations(config, config.sft.row_tokens, conversations["train"])
 
     held_out = examples["validation"]
     order = np.argsort([len(e.prompt) + len(e.reply) for e in held_out], kind="stable")
@@ -70,6 +67,43 @@ def main(config: Config) -> None:
     )
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {folder / 'sft' / 'model'}")
+
+
+def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int], Batch], int]:
+    """-> (batch of each step, steps per epoch); batches hold exchanges of like lengths."""
+    lengths = [len(e.prompt) + len(e.reply) for e in examples]
+    per_epoch = math.ceil(len(lengths) / config.sft.batch_size)
+
+    @functools.lru_cache(maxsize=2)
+    def plan(epoch: int):
+        return batching.epoch_batches(lengths, config.sft.batch_size, config.sft.pad_to, config.seed, epoch)
+
+    def batch_of(step: int) -> Batch:
+        indices, length = plan(step // per_epoch)[step % per_epoch]
+        return batching.supervised([examples[i] for i in indices], config.sft.batch_size, length)
+
+    return batch_of, per_epoch
+
+
+def whole_conversations(
+    config: Config, row_tokens: int, conversations: list[list[Example]]
+) -> tuple[Callable[[int], Batch], int]:
+    """The same with a context that exchanges share read once. The rows are packed once, and shuffled for each epoch."""
+    rows = packing.pack([t for c in conversations for t in packing.trees(c, row_tokens)], row_tokens, config.seed)
+    size, per_epoch = config.sft.batch_size, math.ceil(len(rows) / config.sft.batch_size)
+    alone = sum(len(e.prompt) + len(e.reply) for c in conversations for e in c)
+    together = sum(tree.size() for row in rows for tree in row)
+    console.print(
+        f"sft: {len(rows):,} rows of {row_tokens} tokens, {together / (len(rows) * row_tokens):.0%} full; {together:,} tokens "
+        f"instead of the {alone:,} of single exchanges"
+    )
+
+    def batch_of(step: int) -> Batch:
+        order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(rows))
+        start = step % per_epoch * size
+        return packing.packed([rows[i] for i in order[start : start + size]], size, row_tokens)
+
+    return batch_of, per_epoch
 
 
 def make_base(

@@ -286,7 +286,9 @@ def test_means_are_the_first_entries_of_readings(trunk):
     rows = [[5, 6, 7], [], list(range(8, 60)), [9]]
     model = gpt2.GPT2(config)
     whole = classifiers.readings(params, rows, model=model)
-    np.testing.assert_allclose(classifiers.means(params, rows, model=model), whole[:, : config.n_embd], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        classifiers.means(params, rows, model=model), whole[:, : config.n_embd], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_reading_of_clients_is_made_when_asked_for_and_what_was_half_saved_is_made_anew(trunk, sample, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from therapy_jax import gpt2, sft, weights
 from therapy_jax.batching import Batch
+from therapy_jax.head import logprobs_and_entropy
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -169,10 +170,10 @@ def test_spare_vocabulary_never_gets_probability(small):
     assert logits.shape == (5, 384) and (probabilities[:, 300:] == 0).all()
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
     np.testing.assert_array_equal(logits[:, :300], gpt2.head(config, jnp.asarray(params["wte"]), states)[:, :300])
-    chosen = gpt2.token_logprobs(logits, jnp.arange(5))
+    chosen, entropy = logprobs_and_entropy(logits, jnp.arange(5))
     np.testing.assert_allclose(chosen, np.log(probabilities[np.arange(5), np.arange(5)]), rtol=1e-5)
     p = np.asarray(probabilities[:, :300], np.float64)
-    np.testing.assert_allclose(gpt2.entropy(logits), -(p * np.log(p)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
     sizes = {gpt2.GPT2Config(vocab_size=n).padded_vocab_size for n in (1, 128)} | {gpt2.GPT2Config().padded_vocab_size}
     assert sizes == {128, 50304}
 
@@ -219,7 +220,9 @@ def test_new_model(small):
     per_block = 4 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * f + (f + 1) * d
     assert gpt2.count(params) == 384 * d + 24 * d + 4 * per_block + 2 * d
     logits = apply(config, params, tokens_of(4, 24), np.ones((4, 24), bool))
-    assert float(gpt2.entropy(logits).mean()) == pytest.approx(math.log(300), rel=0.01)
+    assert float(logprobs_and_entropy(logits, jnp.zeros((4, 24), jnp.int32))[1].mean()) == pytest.approx(
+        math.log(300), rel=0.01
+    )
 
     head = gpt2.ValueHead()
     values = np.asarray(head.apply(head.init(jax.random.key(0), jnp.ones((1, 48))), jnp.ones((2, 3, 48))))

@@ -13,7 +13,7 @@ from therapy_jax import gpt2, ppo, sharding
 from therapy_jax.batching import Prompt
 from therapy_jax.config import ConfigError, MeshConfig, PPOConfig, SamplingConfig
 from therapy_jax.rewards.combine import init_stats
-from therapy_jax.sampling import generate, reply_hidden, reply_logprobs
+from therapy_jax.sampling import generate, reply_hidden
 
 B, P, R = 16, 9, 6
 CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, eos_token_id=0)
@@ -148,8 +148,9 @@ def test_gradient_of_the_first_step_is_the_policy_gradient():
 
     def vanilla(policy):
         hidden = reply_hidden(policy, rollout.prompt, rollout.tokens, rollout.mask, model=MODEL)
-        logprobs, _ = reply_logprobs(policy, hidden, rollout.tokens, rollout.mask, model=MODEL, temperature=0.8)
-        return -(logprobs * rollout.advantages).sum() / rollout.mask.sum()
+        logs = jax.nn.log_softmax(gpt2.head(CONFIG, policy["wte"], hidden)[..., : CONFIG.vocab_size] / 0.8)
+        logprobs = jnp.take_along_axis(logs, rollout.tokens[..., None], -1)[..., 0]
+        return -jnp.where(rollout.mask, logprobs * rollout.advantages, 0.0).sum() / rollout.mask.sum()
 
     def clipped(policy):
         return ppo.ppo_loss({**state.params, "policy": policy}, rollout, model=MODEL, cfg=cfg, temperature=0.8)[0]

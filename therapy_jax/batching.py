@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from therapy_jax.gpt2 import Layout
 from therapy_jax.prompts import Example
 
 
@@ -21,6 +22,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray  # i32[B, T]
     attention_mask: np.ndarray  # bool[B, T], True = a real token
     loss_mask: np.ndarray  # bool[B, T]
+    layout: Layout | None = None  # None = each row is one text, read from left to right
 
 
 class Prompt(NamedTuple):

@@ -42,7 +42,10 @@ from therapy_jax.gpt2 import Params
 Array = jax.Array
 
 FORMAT = 1  # of what `save` writes
-REWARDING = ("emotion", "strategy")  # the heads that reward terms need; the third costs as much again, and reads clients
+REWARDING = (
+    "emotion",
+    "strategy",
+)  # the heads that reward terms need; the third costs as much again, and reads clients
 CLASSES = {"emotion": EMOTIONS, "strategy": STRATEGIES, "client_emotion": EMOTIONS}
 WHITENED = 64  # at most: Su et al. find that the leading directions carry the meaning, the rest noise
 BAG = 2048  # entries of the hashed bag of tokens, a power of two

@@ -131,6 +131,19 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Fine-tuning on exchanges, loss on the therapist's replies."""
+
+    row_tokens: int | None = None
+    """Pack whole conversations into rows of this many tokens, a context that exchanges share being read once; batch_size
+    then counts rows. None: one exchange a row."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.row_tokens is None or self.row_tokens > 0, f"row_tokens must be above 0, not {self.row_tokens}")
+
+
+@dataclass(frozen=True)
 class PretrainConfig(TrainingConfig):
     """Language modelling on plain dialogue, loss on all tokens, so that a model from scratch knows the language."""
 
@@ -400,7 +413,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     pretrain: PretrainConfig | None = None
-    sft: TrainingConfig = field(default_factory=TrainingConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     classifiers: ClassifierConfig = field(default_factory=ClassifierConfig)

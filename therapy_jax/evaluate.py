@@ -26,7 +26,7 @@ from therapy_jax.prompts import Example, ParsedReply
 from therapy_jax.rewards import scoring
 from therapy_jax.rewards.batch import PAD_TO, Fixed, References
 from therapy_jax.sampling import Reply, generate
-from therapy_jax.sft import sft_loss
+from therapy_jax.sft import sft_logprobs
 
 PAPER = {  # arXiv 2511.11884; tokenisation and BLEU order are not stated there
     "bleu": 0.0111,
@@ -114,8 +114,8 @@ def read_emotions(
 
 def losses_by_row(params: Any, batch: batching.Batch, *, model: gpt2.GPT2) -> tuple[jax.Array, jax.Array]:
     """sft_loss of each row by itself -> (losses f32[B], tokens f32[B])."""
-    rows = jax.tree.map(lambda x: x[:, None], batch)
-    return jax.vmap(lambda row: sft_loss(params, row, None, model=model))(rows)
+    _, logprobs, counted = sft_logprobs(params, batch, None, model=model)
+    return -logprobs.sum(1), counted.sum(1).astype(jnp.float32)
 
 
 def losses_of(
@@ -202,13 +202,18 @@ def language_perplexity(
     border = judge.tokenizer.convert_tokens_to_ids("<|text|>")
     for text, e in zip(texts, exchanges, strict=True):
         answered = dataclasses.replace(e, therapist=dataclasses.replace(e.therapist, text=text))
-        prompt, reply, _ = prompts.encode(judge.tokenizer, answered, judge.prompt, judge.model.config.n_positions)
-        at = reply.index(border) + 1
-        examples.append(Example(prompt + reply[:at], reply[at:], 0))
+        example = prompts.encode(judge.tokenizer, answered, judge.prompt, judge.model.config.n_positions)
+        at = example.reply.index(border) + 1
+        examples.append(Example(example.prompt + example.reply[:at], example.reply[at:], 0))
     return perplexity_of(*losses_of(judge.params, examples, model=judge.model, batch_size=batch_size, mesh=mesh))
 
 
-HELD_OUT = {"meteor": 0.9, "meteor_exact_stem": 0.9, "distinct2": 0.7, "stop_rate": 0.8}  # a fall below this share alarms
+HELD_OUT = {
+    "meteor": 0.9,
+    "meteor_exact_stem": 0.9,
+    "distinct2": 0.7,
+    "stop_rate": 0.8,
+}  # a fall below this share alarms
 GROWING = {"commonest_share": 2.0, "perplexity": 1.5}  # and so does a growth above this multiple
 
 
@@ -252,8 +257,7 @@ def constants(
     chosen = baselines.constant(train, seed)
     emotion = baselines.majority_emotion(train)
     rows = {
-        name: row_of_turns([Turn("therapist", turn.text, emotion)] * len(exchanges))
-        for name, turn in chosen.items()
+        name: row_of_turns([Turn("therapist", turn.text, emotion)] * len(exchanges)) for name, turn in chosen.items()
     }
     anchor = rows["rougeL"]  # what no single metric chose (reward, length, ...) is that of the answer best by ROUGE-L
     return {**anchor, **{name: rows[name][name] for name in rows}}, {name: turn.text for name, turn in chosen.items()}

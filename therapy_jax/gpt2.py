@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = Any  # a nested dict of arrays
 Array = jax.Array
@@ -47,6 +48,7 @@ class GPT2Config:
     eos_token_id: int = 50256
     dropout: float = 0.0  # one rate for embeddings, attention and residuals; off unless a key is given
     compute_dtype: str = "float32"  # of the matrix products; parameters, softmax and losses are float32
+    batch_shards: int = 1  # devices that a batch is split over: head.py walks their parts of it side by side
 
     @property
     def inner(self) -> int:
@@ -65,6 +67,16 @@ class KVCache(NamedTuple):
     v: Array  # [L, B, H, S, K]
     mask: Array  # bool[B, S], True = a real token sits here
     index: Array  # i32[], slots used
+
+
+class Layout(NamedTuple):
+    """Rows that hold several stretches of text, i32[B, T] each. A token sees its own stretch up to itself, and of the
+    stretch that its own continues the tokens before its own began (see packing.py)."""
+
+    position: Array | np.ndarray  # where the token would stand in a sequence of its own
+    stretch: Array | np.ndarray  # number of its stretch within the row; -1 = padding
+    parent: Array | np.ndarray  # number of the stretch that it continues; -1 = none
+    start: Array | np.ndarray  # position at which its stretch begins
 
 
 def init_cache(config: GPT2Config, batch: int, slots: int) -> KVCache:
@@ -96,6 +108,14 @@ def attention(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible_BTS: Array, r
     scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
     weights_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1), rate, key).astype(v_BHSK.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK)
+
+
+def visible(layout: Layout) -> Array:
+    """Which tokens s a token t may see in rows of several stretches, beside the order in the row: bool[B,T,S]."""
+    _, stretch, parent, start = (jnp.asarray(x)[:, :, None] for x in layout)
+    other_stretch, other_position = (jnp.asarray(x)[:, None, :] for x in (layout.stretch, layout.position))
+    own = (other_stretch == stretch) & (stretch >= 0)
+    return own | ((other_stretch == parent) & (parent >= 0) & (other_position < start))
 
 
 def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None) -> Array:
@@ -153,17 +173,19 @@ class GPT2(nn.Module):
         self.ln_f = self.param("ln_f", lambda _: {"scale": jnp.ones(c.n_embd), "bias": jnp.zeros(c.n_embd)})
 
     def hidden(
-        self, tokens: Array, attention_mask: Array, cache: KVCache | None = None
+        self, tokens: Array, attention_mask: Array, cache: KVCache | None = None, layout: Layout | None = None
     ) -> tuple[Array, KVCache | None]:
         """Last hidden state, after the final layer norm, before the head.
 
         tokens i32[B,T], attention_mask bool[B,T] (True = a real token; padding may stand left or right), cache: the tokens
         before these, if any -> f32[B,T,D] and the cache with these tokens added. Positions count real tokens only, so
-        padding never moves them. Dropout is on where apply() is given rngs={"dropout": key}.
+        padding never moves them; with a layout (and no cache) they, and who sees whom, are as it says. Dropout is on where
+        apply() is given rngs={"dropout": key}.
         """
         c = self.config
         before = 0 if cache is None else cache.mask.sum(-1, keepdims=True)
-        positions = jnp.clip(before + jnp.cumsum(attention_mask, -1) - 1, 0, c.n_positions - 1)
+        positions = before + jnp.cumsum(attention_mask, -1) - 1 if layout is None else layout.position
+        positions = jnp.clip(positions, 0, c.n_positions - 1)
         noisy = self.has_rng("dropout") and c.dropout > 0
         embedding_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
         x_BTD = dropout(self.wte[tokens] + self.wpe[positions], c.dropout, embedding_key)
@@ -172,7 +194,7 @@ class GPT2(nn.Module):
         start = jnp.int32(0) if cache is None else cache.index
         seen = attention_mask if cache is None else jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
         causal_TS = jnp.arange(seen.shape[1]) <= start + jnp.arange(length)[:, None]
-        visible_BTS = causal_TS & seen[:, None, :]
+        visible_BTS = causal_TS & (seen[:, None, :] if layout is None else visible(layout))
 
         def step(carry, layer):
             x_BTD, kv = carry
@@ -202,6 +224,22 @@ class GPT2(nn.Module):
         return head(self.config, self.wte, self.hidden(tokens, attention_mask)[0])[..., : self.config.vocab_size]
 
 
+def hidden(
+    params: Params,
+    tokens: Array | np.ndarray,
+    attention_mask: Array | np.ndarray,
+    cache: KVCache | None = None,
+    layout: Layout | None = None,
+    key: Array | None = None,  # of the dropout; None = no dropout
+    *,
+    model: GPT2,
+) -> tuple[Array, KVCache | None]:
+    """GPT2.hidden as a function of its parameters: what the hot paths call."""
+    rngs = None if key is None else {"dropout": key}
+    found: Any = model.apply({"params": params}, tokens, attention_mask, cache, layout, method="hidden", rngs=rngs)
+    return found
+
+
 def head(config: GPT2Config, wte: Array, hidden: Array) -> Array:
     """hidden [..., D] -> logits f32[..., padded vocabulary], the spare rows at the float minimum."""
     dtype = jnp.dtype(config.compute_dtype)
@@ -209,18 +247,6 @@ def head(config: GPT2Config, wte: Array, hidden: Array) -> Array:
     if config.padded_vocab_size == config.vocab_size:
         return logits
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)
-
-
-def token_logprobs(logits: Array, tokens: Array) -> Array:
-    """log softmax(logits)[token]: logits f32[...,V], tokens i32[...] -> f32[...] nats. No [..., V] array of logs is made."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def entropy(logits: Array) -> Array:
-    """-sum p log p over the last axis, nats."""
-    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return log_z[..., 0] - (jnp.exp(logits - log_z) * logits).sum(-1)
 
 
 class ValueHead(nn.Module):

@@ -28,12 +28,15 @@ from therapy_jax.advantages import gae, grpo, masked_mean, over_tokens, rloo, sh
 from therapy_jax.batching import Prompt
 from therapy_jax.config import ConfigError, PPOConfig, SamplingConfig
 from therapy_jax.gpt2 import Array, Params
+from therapy_jax.head import Spec, head_loss
 from therapy_jax.rewards.batch import References, RewardBatch
 from therapy_jax.rewards.combine import Raw, RunningStats
 from therapy_jax.sampling import Reply, generate, reply_hidden, reply_logprobs
 
 Metrics = dict[str, Array]
-ScoreFn = Callable[[Params, Reply, References, Any], tuple[RewardBatch, Raw]]  # the reference policy is the trunk that reads
+ScoreFn = Callable[
+    [Params, Reply, References, Any], tuple[RewardBatch, Raw]
+]  # the reference policy is the trunk that reads
 CombineFn = Callable[[Raw, RunningStats], tuple[Array, RunningStats, Metrics]]
 
 
@@ -88,24 +91,24 @@ def init_state(
 
 
 def read(
-    params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
-) -> tuple[Array, Array, Array]:
-    """One forward -> (logprobs, entropy, values) of the reply tokens, f32[B,R] each.
+    params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2, cfg: PPOConfig
+) -> tuple[Array, Array]:
+    """-> (the policy's hidden states from which the reply tokens are predicted f32[B,R,D], values f32[B,R]).
 
     The value of a token is the critic's guess before it is written: it reads the hidden state that predicts the token, of
     the policy itself (`shared`; `detached`: no gradient goes back into it) or of a `separate` GPT-2. Without a critic
     (rloo, grpo) values are 0.
     """
-    hidden_BRD = reply_hidden(params["policy"], prompt, tokens, mask, model=model)
-    logprobs, entropy = reply_logprobs(params["policy"], hidden_BRD, tokens, mask, model=model, temperature=temperature)
+    policy_BRD = reply_hidden(params["policy"], prompt, tokens, mask, model=model)
     if cfg.estimator != "gae":
-        return logprobs, entropy, jnp.zeros_like(logprobs)
+        return policy_BRD, jnp.zeros(tokens.shape, jnp.float32)
+    critic_BRD = policy_BRD
     if cfg.value_head == "separate":
-        hidden_BRD = reply_hidden(params["value"]["trunk"], prompt, tokens, mask, model=model)
+        critic_BRD = reply_hidden(params["value"]["trunk"], prompt, tokens, mask, model=model)
     elif cfg.value_head == "detached":
-        hidden_BRD = jax.lax.stop_gradient(hidden_BRD)
-    values = jnp.asarray(gpt2.ValueHead().apply({"params": params["value"]["head"]}, hidden_BRD))
-    return logprobs, entropy, jnp.where(mask, values, 0.0)
+        critic_BRD = jax.lax.stop_gradient(policy_BRD)
+    values = jnp.asarray(gpt2.ValueHead().apply({"params": params["value"]["head"]}, critic_BRD))
+    return policy_BRD, jnp.where(mask, values, 0.0)
 
 
 def rollout(
@@ -133,7 +136,14 @@ def rollout(
 
 
 def judge(
-    state: PPOState, prompt: Prompt, reply: Reply, scores: Array, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
+    state: PPOState,
+    prompt: Prompt,
+    reply: Reply,
+    scores: Array,
+    *,
+    model: gpt2.GPT2,
+    cfg: PPOConfig,
+    temperature: float,
 ) -> tuple[Rollout, Metrics]:
     """Replies and their scores f32[B] -> Rollout, and what it says about the policy so far.
 
@@ -142,8 +152,9 @@ def judge(
     Divergence") is logged beside it. Equal weights give exactly 0 in both.
     """
     mask = reply.mask
-    logprobs, entropy, values = read(
-        state.params, prompt, reply.tokens, mask, model=model, cfg=cfg, temperature=temperature
+    hidden, values = read(state.params, prompt, reply.tokens, mask, model=model, cfg=cfg)
+    logprobs, entropy = reply_logprobs(
+        state.params["policy"], hidden, reply.tokens, mask, model=model, temperature=temperature
     )
     ref_hidden = reply_hidden(state.ref_params, prompt, reply.tokens, mask, model=model)
     ref_logprobs, _ = reply_logprobs(
@@ -176,22 +187,32 @@ def judge(
     return Rollout(prompt, reply.tokens, mask, logprobs, values, advantages, returns), metrics
 
 
+def policy_loss(logprobs: Array, old_logprobs: Array, advantages: Array, clip: float) -> Array:
+    """-min(ratio * A, clip(ratio) * A) of each token: once a step has moved a token's probability by more than `clip` in the
+    direction that its advantage asks for, nothing pulls it further."""
+    ratio = jnp.exp(logprobs - old_logprobs)
+    return -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
+
+
 def ppo_loss(
     params: Params, rollout: Rollout, *, model: gpt2.GPT2, cfg: PPOConfig, temperature: float
 ) -> tuple[Array, Metrics]:
     """-> (loss f32[], metrics) of a minibatch; means are over reply tokens."""
-    mask = rollout.mask
-    logprobs, entropy, values = read(
-        params, rollout.prompt, rollout.tokens, mask, model=model, cfg=cfg, temperature=temperature
-    )
-    log_ratio = jnp.where(mask, logprobs - rollout.old_logprobs, 0.0)
+    mask, old, advantages = rollout.mask, rollout.old_logprobs, rollout.advantages
+    hidden_BRD, values = read(params, rollout.prompt, rollout.tokens, mask, model=model, cfg=cfg)
+
+    def token_loss(logprobs, entropy, old_logprobs, advantages):
+        loss = policy_loss(logprobs, old_logprobs, advantages, cfg.clip)
+        return loss - cfg.entropy_coef * entropy if cfg.entropy_coef else loss
+
+    spec = Spec(model.config, token_loss, temperature)
+    wte = params["policy"]["wte"]
+    total, logprobs, _ = head_loss(spec, wte, hidden_BRD, rollout.tokens, mask, (old, advantages))
+    loss = total / jnp.maximum(mask.sum(), 1)
+    log_ratio = jnp.where(mask, logprobs - old, 0.0)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - cfg.clip, 1 + cfg.clip)
-    policy_loss = -masked_mean(jnp.minimum(ratio * rollout.advantages, clipped * rollout.advantages), mask)
-    mean_entropy = masked_mean(entropy, mask)
-    loss = policy_loss - cfg.entropy_coef * mean_entropy
     metrics = {
-        "policy_loss": policy_loss,
+        "policy_loss": masked_mean(policy_loss(logprobs, old, advantages, cfg.clip), mask),
         "clip_fraction": masked_mean((jnp.abs(ratio - 1) > cfg.clip).astype(jnp.float32), mask),
         "update_kl": masked_mean(ratio - 1 - log_ratio, mask),
         "ratio_gap": jnp.abs(ratio - 1).max(),

@@ -35,6 +35,7 @@ class Example(NamedTuple):
     prompt: list[int]
     reply: list[int]
     dropped_turns: int  # context turns that the budget left out
+    context_tokens: int = 0  # of the prompt, those of the turns before
 
 
 class ParsedReply(NamedTuple):
@@ -106,6 +107,14 @@ def plain_text(turns: Sequence[Turn]) -> str:
 def encode_prompt(tokenizer: Any, context: Sequence[Turn], client: Turn, config: PromptConfig) -> tuple[list[int], int]:
     """-> (ids, context turns dropped). The oldest whole turns go first until the prompt fits config.max_tokens; the client's
     utterance always stays whole, even where it alone is longer than that."""
+    before, now, dropped = encode_parts(tokenizer, context, client, config)
+    return before + now, dropped
+
+
+def encode_parts(
+    tokenizer: Any, context: Sequence[Turn], client: Turn, config: PromptConfig
+) -> tuple[list[int], list[int], int]:
+    """The same in two parts: the turns before, and the client now."""
     marker = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     tail = [marker["<|utterance|>"], *encode_text(tokenizer, client.text)]
     if "emotion" in config.format:
@@ -128,7 +137,7 @@ def encode_prompt(tokenizer: Any, context: Sequence[Turn], client: Turn, config:
         if room < 0:
             break
         kept.insert(0, turn)
-    return [i for turn in kept for i in turn] + tail, len(turns) - len(kept)
+    return [i for turn in kept for i in turn], tail, len(turns) - len(kept)
 
 
 def encode_reply(tokenizer: Any, therapist: Turn, client_emotion: str | None, config: PromptConfig) -> list[int]:
@@ -149,14 +158,15 @@ def encode(tokenizer: Any, exchange: Exchange, config: PromptConfig, longest: in
             f"conversation {exchange.conversation_id}: a client turn has no emotion, which prompt.emotion: inferred needs; "
             "annotate it or set prompt.emotion: given"
         )
-    prompt, dropped = encode_prompt(tokenizer, exchange.context, exchange.client, config)
+    before, now, dropped = encode_parts(tokenizer, exchange.context, exchange.client, config)
+    prompt = before + now
     reply = encode_reply(tokenizer, exchange.therapist, exchange.client.emotion, config)
     if len(prompt) + len(reply) > longest:
         raise DataError(
             f"conversation {exchange.conversation_id}: the client's utterance and the reply take {len(prompt) + len(reply)} tokens, "
             f"more than the model's {longest} positions; shorten them, or raise model.n_positions"
         )
-    return Example(prompt, reply, dropped)
+    return Example(prompt, reply, dropped, len(before))
 
 
 def parse_reply(tokenizer: Any, ids: Sequence[int]) -> ParsedReply:

@@ -179,7 +179,9 @@ def load_language_model(config: Config) -> Any:
         raise ConfigError(f"evaluate.language_model: {folder} is no run folder (it has no config.yaml)")
     theirs = config_module.load(folder / "config.yaml")
     if theirs.seed == config.seed:
-        raise ConfigError(f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's")
+        raise ConfigError(
+            f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's"
+        )
     gpt2_config, params, tokenizer = load_model(folder, "sft", config)
     return evaluate.LanguageModel(params, gpt2.GPT2(gpt2_config), tokenizer, theirs.prompt)
 

@@ -1,11 +1,11 @@
 """Generation as one compiled program: prefill the cache with the prompts, then decode token by token until all have ended.
 
-A prompt that is answered several times is read once. Prompts are padded on the left, so all replies start in the same column; positions come from the mask, so a reply is the
-same alone, in a batch, and behind any amount of padding. Each row draws from a key of its own, so that holds for sampled
-replies too.
+A prompt that is answered several times is read once. Prompts are padded on the left, so all replies start in the same
+column; positions come from the mask, so a reply is the same alone, in a batch, and behind any amount of padding. Each row
+draws from a key of its own, so that holds for sampled replies too.
 
-`reply_logprobs` is the one log-prob function of this project: rollout, reference policy and PPO update all call it, with
-the sampling temperature inside, so that the ratio of a fresh policy to itself is 1.
+The log-probs of replies come from head.head_loss alone, for rollout, reference policy and PPO update, with the sampling
+temperature inside, so that the ratio of a fresh policy to itself is 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from therapy_jax import gpt2
 from therapy_jax.batching import Prompt
 from therapy_jax.config import SamplingConfig
-from therapy_jax.gpt2 import Array, Params
+from therapy_jax.gpt2 import Array, Params, hidden
+from therapy_jax.head import Spec, head_loss, pick, temper
 
 
 class Reply(NamedTuple):
@@ -27,13 +28,6 @@ class Reply(NamedTuple):
     tokens: Array  # i32[B, R], padded on the right
     mask: Array  # bool[B, R]
     logprobs: Array  # f32[B, R] nats, of the sampled tokens under softmax(logits / temperature); 0 outside the mask
-
-
-def temper(logits: Array, temperature: float) -> Array:
-    """logits / temperature; temperature 0 (greedy) leaves them, since argmax does not care."""
-    if temperature in (0.0, 1.0):
-        return logits
-    return jnp.maximum(logits / temperature, jnp.finfo(jnp.float32).min)  # masked logits stay finite: 0 * -inf is NaN
 
 
 def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
@@ -80,7 +74,8 @@ def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt
     cache with room for more tokens; the copies of a prompt stand side by side."""
     batch, length = prompt.tokens.shape
     cache = gpt2.init_cache(model.config, batch, length + room)
-    hidden_NPD, cache = model.apply({"params": params}, *prompt, cache, method="hidden")
+    hidden_NPD, cache = hidden(params, prompt.tokens, prompt.mask, cache, model=model)
+    assert cache is not None
     k, v, mask = (jnp.repeat(x, times, axis) for x, axis in ((cache.k, 1), (cache.v, 1), (cache.mask, 0)))
     return jnp.repeat(hidden_NPD[:, -1], times, 0), gpt2.KVCache(k, v, mask, cache.index)
 
@@ -116,10 +111,10 @@ def generate(
         step, reply, cache, alive, logits = carry
         token, tempered = choose(step, logits)
         token = jnp.where(alive, token, 0)
-        logprob = jnp.where(alive, gpt2.token_logprobs(tempered, token), 0.0)
+        logprob = jnp.where(alive, pick(tempered, token) - jax.nn.logsumexp(tempered, axis=-1), 0.0)
         reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
         going_on = alive & (token != config.eos_token_id)
-        hidden_B1D, cache = model.apply({"params": params}, token[:, None], alive[:, None], cache, method="hidden")
+        hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, model=model)
         return step + 1, reply, cache, going_on, gpt2.head(config, params["wte"], hidden_B1D[:, 0])
 
     hidden_BD, cache = prefill(params, prompt, times, limit, model=model)
@@ -140,15 +135,14 @@ def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, 
     end_BD, cache = prefill(params, prompt, tokens.shape[0] // prompt.tokens.shape[0], room, model=model)
     if room == 0:
         return end_BD[:, None]
-    hidden_BRD, _ = model.apply({"params": params}, tokens[:, :-1], mask[:, :-1], cache, method="hidden")
+    hidden_BRD, _ = hidden(params, tokens[:, :-1], mask[:, :-1], cache, model=model)
     return jnp.concatenate([end_BD[:, None], hidden_BRD], 1)
 
 
 def reply_logprobs(
     params: Params, hidden_BRD: Array, tokens: Array, mask: Array, *, model: gpt2.GPT2, temperature: float
 ) -> tuple[Array, Array]:
-    """-> (log-probs, entropy), f32[B,R] each, nats, of softmax(logits / temperature); 0 outside the mask. Only reply
-    positions go through the head: [B,P,V] is never computed."""
-    logits_BRV = temper(gpt2.head(model.config, params["wte"], hidden_BRD), temperature)
-    logprobs = jnp.where(mask, gpt2.token_logprobs(logits_BRV, tokens), 0.0)
-    return logprobs, jnp.where(mask, gpt2.entropy(logits_BRV), 0.0)
+    """-> (log-probs, entropy), f32[B,R] each, nats, of softmax(logits / temperature); 0 outside the mask. They have no
+    gradient: a loss goes into head.head_loss, which takes them as it walks."""
+    spec = Spec(model.config, temperature=temperature)
+    return head_loss(spec, params["wte"], hidden_BRD, tokens, mask)[1:]

@@ -16,7 +16,8 @@ import optax
 from therapy_jax import gpt2
 from therapy_jax.batching import Batch
 from therapy_jax.config import TrainingConfig
-from therapy_jax.gpt2 import Array, Params
+from therapy_jax.gpt2 import Array, Params, hidden
+from therapy_jax.head import Spec, head_loss
 
 Metrics = dict[str, Array]
 
@@ -62,15 +63,26 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(params, tx.init(params), jnp.int32(0))
 
 
+def negative(logprobs: Array, entropy: Array) -> Array:
+    """The loss of a token."""
+    return -logprobs
+
+
+def sft_logprobs(params: Params, batch: Batch, key: Array | None, *, model: gpt2.GPT2) -> tuple[Array, Array, Array]:
+    """-> (loss, as sft_loss gives it; log-probs of the supervised tokens f32[B,T], each where its token is predicted, and
+    which those are, bool[B,T]). Without a key there is no dropout."""
+    tokens, mask, layout = batch.tokens, batch.attention_mask, batch.layout
+    hidden_BTD, _ = hidden(params, tokens, mask, layout=layout, key=key, model=model)
+    targets, counted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.loss_mask))
+    loss, logprobs, _ = head_loss(Spec(model.config, negative), params["wte"], hidden_BTD, targets, counted)
+    return loss, logprobs, counted
+
+
 def sft_loss(params: Params, batch: Batch, key: Array | None, *, model: gpt2.GPT2) -> tuple[Array, Array]:
     """-> (summed negative log-likelihood f32[] in nats, number of supervised tokens f32[]). A sum, not a mean: parts of a
-    batch then add up to the whole, whatever share of the tokens each holds. Without a key there is no dropout."""
-    rngs = None if key is None else {"dropout": key}
-    hidden_BTD, _ = model.apply({"params": params}, batch.tokens, batch.attention_mask, method="hidden", rngs=rngs)
-    logits_BTV = gpt2.head(model.config, params["wte"], hidden_BTD[:, :-1])
-    logprobs = gpt2.token_logprobs(logits_BTV, jnp.asarray(batch.tokens)[:, 1:])
-    counted = batch.loss_mask[:, 1:]
-    return -jnp.where(counted, logprobs, 0.0).sum(), counted.sum().astype(jnp.float32)
+    batch then add up to the whole, whatever share of the tokens each holds."""
+    loss, _, counted = sft_logprobs(params, batch, key, model=model)
+    return loss, counted.sum().astype(jnp.float32)
 
 
 def sft_step(

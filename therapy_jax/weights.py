@@ -63,7 +63,11 @@ def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "vocab.txt"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
+            )
+        )
     except Exception as error:  # the hub's client raises many kinds, some of them requests' and httpx's own
         raise WeightsError(
             f"{name} is no local folder, and the hub could not give it ({type(error).__name__}); "

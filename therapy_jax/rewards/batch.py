@@ -56,9 +56,7 @@ class RewardBatch(NamedTuple):
     frozen: Frozen  # the classifiers' parameters, shares of the labels in train
 
 
-def make_references(
-    exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any, *, model: gpt2.GPT2
-) -> References:
+def make_references(exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any, *, model: gpt2.GPT2) -> References:
     """What the data says about each exchange, as host arrays."""
     replies, clients, before = (
         [prompts.encode_text(tokenizer, text) for text in texts]

@@ -71,7 +71,9 @@ def update_stats(stats: RunningStats, raw: Raw) -> RunningStats:
         delta = values.mean() - stats.mean[name]
         count[name] = n + size
         mean[name] = stats.mean[name] + delta * size / count[name]
-        m2[name] = stats.m2[name] + jnp.square(values - values.mean()).sum() + jnp.square(delta) * n * size / count[name]
+        m2[name] = (
+            stats.m2[name] + jnp.square(values - values.mean()).sum() + jnp.square(delta) * n * size / count[name]
+        )
     return RunningStats(count, mean, m2)
 
 

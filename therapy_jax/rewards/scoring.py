@@ -1,7 +1,7 @@
 """From replies to reward terms: one pure function on the device, and what stands around it on the host.
 
-    rewards on device   reply tokens -> RewardBatch -> {term: f32[B]}                       (inside the one program)
-    rewards on host     ... -> decoded text -> your function, or a sentence encoder -> {term: f32[B]}
+rewards on device   reply tokens -> RewardBatch -> {term: f32[B]}                       (inside the one program)
+rewards on host     ... -> decoded text -> your function, or a sentence encoder -> {term: f32[B]}
 """
 
 from __future__ import annotations

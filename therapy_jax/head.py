@@ -1,0 +1,153 @@
+"""The step from hidden states to token log-probs, without the logits of a whole batch ever being held.
+
+With a vocabulary of 50,257, logits [B,T,V] are the largest array of a training step, and most of them are of no use: only
+supervised tokens count, about one in seven of a dialogue's. So the positions that count are lined up, and walked in chunks
+of CHUNK. The loss goes in with them: it is a sum over tokens of a function of their log-prob, so that the same walk can
+take its gradient while a chunk's logits are at hand (three matrix products in all; to compute them again in a backward
+pass would be a fourth).
+
+    sum over counted tokens of token_loss(logprob, entropy, ...)       logprob = log softmax(hidden @ wte.T / temperature)[token]
+
+The walk is as long as there are counted tokens, so no shape depends on how many there are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from therapy_jax import gpt2
+from therapy_jax.gpt2 import Array
+
+CHUNK = 512  # tokens whose logits exist at a time: enough for a matrix product to run at full speed
+
+
+class Spec(NamedTuple):
+    """What is fixed when the program is compiled."""
+
+    config: gpt2.GPT2Config
+    token_loss: Callable[..., Array] | None = None  # (logprobs, entropy, *extra) -> loss of each token; None = no loss
+    temperature: float = 1.0
+
+
+def temper(logits: Array, temperature: float) -> Array:
+    """logits / temperature; temperature 0 (greedy) leaves them, since argmax does not care."""
+    if temperature in (0.0, 1.0):
+        return logits
+    return jnp.maximum(logits / temperature, jnp.finfo(jnp.float32).min)  # masked logits stay finite: 0 * -inf is NaN
+
+
+@jax.custom_vjp
+def pick(logits: Array, tokens: Array) -> Array:
+    """logits[..., token]. Its gradient is written as a comparison, which fuses with what else flows into the logits; that of
+    a gather would be a scatter into a new array of zeros."""
+    return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+
+
+def _pick_forward(logits, tokens):
+    return pick(logits, tokens), (tokens, logits.shape[-1])
+
+
+def _pick_backward(residual, g):
+    tokens, size = residual
+    return jnp.where(jnp.arange(size) == tokens[..., None], g[..., None], 0.0), None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
+
+
+def logprobs_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    """logits f32[...,V], tokens i32[...] -> log softmax(logits)[token] and -sum p log p, f32[...] nats each."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return pick(logits, tokens) - log_z, log_z - (jnp.exp(logits - log_z[..., None]) * logits).sum(-1)
+
+
+def walk(
+    spec: Spec, wte: Array, hidden: Array, tokens: Array, counted: Array, extra: tuple[Array, ...], with_grads: bool
+):
+    """-> (loss f32[], logprobs, entropy), and gradients of the loss for (wte, hidden) where they are wanted."""
+    parts = spec.config.batch_shards if tokens.shape[0] % spec.config.batch_shards == 0 else 1
+    rows = tokens.size // parts
+
+    def split(x):
+        return x.reshape(parts, rows, *x.shape[tokens.ndim :])
+
+    hidden_GND, counted_GN = split(hidden), split(counted)
+    values = jax.tree.map(split, (tokens, *extra))
+    size = min(CHUNK, rows)
+    steps = -(-rows // size)
+    order = jnp.argsort(~counted_GN, axis=1, stable=True)  # the positions that count come first
+    order = jnp.pad(order, ((0, 0), (0, steps * size - rows)))
+    count = counted_GN.sum(1, keepdims=True)
+
+    def chunk_loss(wte, hidden_ND, valid, tokens, *extra):
+        logits_NV = temper(gpt2.head(spec.config, wte, hidden_ND), spec.temperature)
+        logprobs, entropy = logprobs_and_entropy(logits_NV, tokens)
+        # What is beyond the last counted token is 0 and, for good measure, so is all that its loss could be made of.
+        logprobs, entropy, *extra = (jnp.where(valid, x, 0.0) for x in (logprobs, entropy, *extra))
+        losses = jnp.zeros(()) if spec.token_loss is None else spec.token_loss(logprobs, entropy, *extra)
+        return jnp.where(valid, losses, 0.0).sum(), (logprobs, entropy)
+
+    def put(x, indices, new):  # what is beyond the last counted token adds 0 to a position that was counted before
+        return jax.vmap(lambda x, i, new: x.at[i].add(new))(x, indices, new)
+
+    def step(i, carry):
+        loss, out, grads = carry
+        indices = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
+        valid = i * size + jnp.arange(size) < count
+        chunk_GCD = jnp.take_along_axis(hidden_GND, indices[..., None], 1)
+        args = (chunk_GCD, valid, *(jnp.take_along_axis(x, indices, 1) for x in values))
+        axes = (None, *(0 for _ in args))
+        if with_grads:
+            f = jax.vmap(jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True), in_axes=axes)
+            (losses, found), (wte_GVD, more_GCD) = f(wte, *args)
+            grads = grads[0] + wte_GVD, put(grads[1], indices, more_GCD)
+        else:
+            losses, found = jax.vmap(chunk_loss, in_axes=axes)(wte, *args)
+        out = tuple(put(x, indices, new) for x, new in zip(out, found, strict=True))
+        return loss + losses, out, grads
+
+    zeros = jnp.zeros((parts, rows), jnp.float32)
+    grads = (jnp.zeros((parts, *wte.shape), wte.dtype), jnp.zeros_like(hidden_GND)) if with_grads else None
+    start = (jnp.zeros(parts, jnp.float32), (zeros, zeros), grads)
+    used = -(-count.max() // size)
+    loss, out, grads = jax.lax.fori_loop(0, used, step, start)
+    sums = loss.sum(), *(x.reshape(tokens.shape) for x in out)
+    return (sums, (grads[0].sum(0), grads[1].reshape(hidden.shape))) if grads else (sums, None)
+
+
+def head_loss(
+    spec: Spec, wte: Array, hidden: Array, tokens: Array, counted: Array, extra: tuple[Array, ...] = ()
+) -> tuple[Array, Array, Array]:
+    """-> (sum of the counted tokens' losses f32[], their log-probs and entropy in nats, f32[B,T] each, 0 elsewhere).
+
+    wte f32[V,D], hidden f32[B,T,D], tokens i32[B,T], counted bool[B,T]; extra: arrays [B,T] that spec.token_loss takes after
+    log-probs and entropy. Only the sum has a gradient, and only for wte and hidden; log-probs and entropy are for looking at.
+    Raises TypeError where a gradient is taken without a token_loss: it would silently be 0.
+    """
+    found: Any = _head_loss(spec, wte, hidden, tokens, counted, extra)
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss(spec, wte, hidden, tokens, counted, extra):
+    return walk(spec, wte, hidden, tokens, counted, extra, with_grads=False)[0]
+
+
+def _forward(spec, wte, hidden, tokens, counted, extra):
+    if spec.token_loss is None:
+        raise TypeError(
+            "head_loss without a token_loss has no gradient; put what depends on the log-probs into token_loss"
+        )
+    return walk(spec, wte, hidden, tokens, counted, extra, with_grads=True)
+
+
+def _backward(spec, grads, g):
+    return g[0] * grads[0], g[0] * grads[1], None, None, None
+
+
+_head_loss.defvjp(_forward, _backward)
