@@ -60,7 +60,8 @@ def main(config: Config) -> None:
     state = sharding.replicate(mesh, ppo.init_state(params, gpt2_config, tx, cfg, stats))
     sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
-    belongs_to = {"stage": "ppo", "model": dataclasses.asdict(gpt2_config), **settings}
+    same_anywhere = dataclasses.replace(gpt2_config, batch_shards=1)  # a run may go on with another number of devices
+    belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings}
     best_metric, mode = (
         f"validation/{cfg.keep_best.removeprefix('-')}",
         "min" if cfg.keep_best.startswith("-") else "max",

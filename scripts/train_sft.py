@@ -201,7 +201,8 @@ def fit(
     """The loop of both stages: step, log, validate, save -> the parameters with the lowest validation loss."""
     began = time.monotonic()
     steps = max(round(training.epochs * per_epoch), 1)
-    model, tx = gpt2.GPT2(gpt2_config), sft.optimizer(training, steps)
+    model = gpt2.GPT2(dataclasses.replace(gpt2_config, batch_shards=mesh.shape["data"]))
+    tx = sft.optimizer(training, steps)
     state = sharding.replicate(mesh, sft.init_state(params, tx))
     belongs_to = {"stage": stage, **{k: v for k, v in dataclasses.asdict(config).items() if k in sections}}
     manager = checkpoint.manager(folder / stage / "checkpoints", best="validation_loss", mode="min")

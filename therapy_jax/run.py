@@ -133,7 +133,7 @@ def compute_dtype(config: Config) -> str:
 
 def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]:
     """The model that an earlier stage left in the run folder -> (GPT2Config, params, tokenizer)."""
-    from therapy_jax import prompts, weights
+    from therapy_jax import prompts, sharding, weights
 
     path = folder / stage / "model"
     if not (path / "model.safetensors").is_file():
@@ -142,7 +142,9 @@ def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]
             f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first"
         )
     gpt2_config, params = weights.load_pretrained(path)
-    return dataclasses.replace(gpt2_config, compute_dtype=compute_dtype(config)), params, prompts.load_tokenizer(path)
+    shards = sharding.make_mesh(config.mesh).shape["data"]
+    gpt2_config = dataclasses.replace(gpt2_config, compute_dtype=compute_dtype(config), batch_shards=shards)
+    return gpt2_config, params, prompts.load_tokenizer(path)
 
 
 def make_scorer(

@@ -45,6 +45,8 @@ NAMES = {
     ("blocks", "mlp_proj", "bias"): "mlp.c_proj.bias",
 }
 
+NOT_SAVED = {"dropout", "compute_dtype", "batch_shards"}  # how a model is trained and computed, not what it is
+
 
 class WeightsError(ValueError):
     """A model that cannot be had or used; the message says which and why."""
@@ -99,7 +101,7 @@ def read_config(folder: Path) -> GPT2Config:
     activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
     if activation not in ACTIVATIONS:
         raise WeightsError(f"{path}: activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    known = {f.name for f in dataclasses.fields(GPT2Config)} - {"dropout", "compute_dtype"}
+    known = {f.name for f in dataclasses.fields(GPT2Config)} - NOT_SAVED
     values: dict[str, Any] = {k: v for k, v in raw.items() if k in known and v is not None} | {
         "activation_function": activation
     }
@@ -206,7 +208,7 @@ def save_pretrained(folder: str | os.PathLike, config: GPT2Config, params: Param
         else:
             leaf = leaf[: config.vocab_size] if name == "wte.weight" else leaf
             tensors[f"transformer.{name}"] = np.ascontiguousarray(leaf)
-    saved = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dropout", "compute_dtype")}
+    saved = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SAVED}
     saved |= {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
