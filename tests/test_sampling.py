@@ -261,6 +261,20 @@ def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
     np.testing.assert_array_equal(kept[:, :200], np.isfinite(theirs.numpy())[:, :200])
 
 
+@pytest.mark.parametrize("k", [1, 3, 10, 11, 200, 1280])
+def test_kth_largest_and_likeliest_are_numpys(k):
+    """Ten blocks of 128: the largest spread over all, all in one, and equal ones at the border."""
+    random = np.random.default_rng(k)
+    spread = random.normal(0, 1, (4, 1280))
+    clustered = np.where(np.arange(1280) // 128 == 7, spread + 50, spread)
+    tied = np.round(spread)
+    for logits in (spread, clustered, tied, np.full((4, 1280), LOWEST)):
+        logits = logits.astype(np.float32)
+        found = sampling.kth_largest(jnp.asarray(logits), k)
+        np.testing.assert_array_equal(found, -np.sort(-logits, axis=-1)[:, k - 1 : k])
+        np.testing.assert_array_equal(sampling.likeliest(jnp.asarray(logits)), logits.argmax(-1))
+
+
 def test_top_k_and_temperature_reach_the_samples(params):
     """2,000 first tokens after one prompt: their shares are softmax(logits / T), or its best three, renormalised."""
     prompt = batching.prompts([PROMPTS[0]] * 2000, 5)

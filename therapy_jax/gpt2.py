@@ -235,8 +235,10 @@ def hidden(
     model: GPT2,
 ) -> tuple[Array, KVCache | None]:
     """GPT2.hidden as a function of its parameters: what the hot paths call."""
-    rngs = None if key is None else {"dropout": key}
-    found: Any = model.apply({"params": params}, tokens, attention_mask, cache, layout, method="hidden", rngs=rngs)
+    more: dict[str, Any] = {} if layout is None else {"layout": layout}
+    if key is not None:
+        more["rngs"] = {"dropout": key}
+    found: Any = model.apply({"params": params}, tokens, attention_mask, cache, method="hidden", **more)
     return found
 
 
