@@ -25,6 +25,7 @@ TINY = {  # the whole way in seconds: what it learns does not matter here
     "sft.eval_every": 4,
     "ppo.iterations": 4,
     "ppo.batch_size": 8,
+    "ppo.minibatches": 2,
     "ppo.eval_every": 2,
     "ppo.eval_prompts": 8,
     "sampling.max_new_tokens": 12,
