@@ -216,7 +216,7 @@ def prepare_ppo(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     def follow(turns: Iterator[None]) -> None:
         ppo(task, arrays, minibatches=task["hyper"]["minibatches"], updates=100_000, turns=turns)
 
-    return {"compile_seconds": 0.0, "agree": task["agree"]}, follow
+    return {"compile_seconds": None, "agree": task["agree"]}, follow
 
 
 def ppo(
