@@ -56,6 +56,8 @@ from therapy_jax import run
 from therapy_jax.run import console, escape
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of configs/quickstart.yaml: how well the models do does not matter to a start, and the rest of the run never comes.
+STARTUP = {"pretrain.epochs": 1, "sft.epochs": 1, "classifiers.epochs": 2, "ppo.iterations": 4}
 BASELINE = ROOT / "tests" / "data" / "bench_baseline.json"
 WORKS = ("sft", "generate", "ppo", "rewards", "startup", "memory")
 COMPARED = ("sft", "generate", "ppo", "rewards")  # by --quick, and by --what agree
@@ -259,8 +261,8 @@ def measure_startup(settings: Settings) -> dict[str, Any]:
     before. A process a start; the ratio is empty / filled."""
     run_dir = settings.folder / "startup"
     log = run_dir / "metrics.jsonl"
-    small = {"pretrain.epochs": 1, "sft.epochs": 1, "classifiers.epochs": 2, "ppo.iterations": 4, "run_dir": run_dir}
-    flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    flags = [part for name, value in STARTUP.items() for part in (f"--{name}", str(value))]
+    flags += ["--run_dir", str(run_dir)]
 
     def launch(script: str, cache: str) -> subprocess.Popen:
         command = [sys.executable, f"scripts/{script}.py", "--config", "configs/quickstart.yaml", *flags]
@@ -313,6 +315,7 @@ def measure_startup(settings: Settings) -> dict[str, Any]:
 
 # ---- scaling
 
+SCALED = ("sft", "generate", "ppo")
 FACTORS = (0.5, 1, 2, 4)
 
 
@@ -320,7 +323,7 @@ def measure_scaling(settings: Settings, size: Size, shape: Shapes) -> list[dict[
     """Our seconds and peak memory of an SFT step, a generation and a PPO iteration, against batch and against length:
     FACTORS times the usual one. A process a point, so that no point inherits another's memory."""
     points = []
-    for work in ("sft", "generate", "ppo"):
+    for work in SCALED:
         for axis in ("batch", "length"):
             for factor in FACTORS:
                 grown = list(getattr(shape, work))

@@ -127,6 +127,73 @@ def test_what_is_asked_for():
     assert quick.timed and not agree.timed
 
 
+STUB = """
+import json, sys, time
+from pathlib import Path
+run_dir, cache = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("--run_dir", "--compilation_cache"))
+(run_dir / "ppo").mkdir(parents=True)  # fails where an earlier start has left its own
+log = run_dir / "metrics.jsonl"
+assert not log.exists() or '"ppo"' not in log.read_text()
+time.sleep(0.1 if cache.exists() else 0.5)
+cache.mkdir(exist_ok=True)
+with log.open("a") as file:
+    file.write(json.dumps({"stage": "ppo", "step": 1}) + "\\n")
+time.sleep(60)  # the rest of the run, which nobody waits for
+"""
+
+
+def test_startup_counts_an_empty_and_a_filled_cache(tmp_path, monkeypatch):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "train_sft.py").write_text("")
+    (scripts / "train_ppo.py").write_text(STUB)
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    settings = benchmark.Settings(tmp_path, sys.executable, 1, 2, 0.0, {})
+    row = benchmark.measure_startup(settings)
+    assert row["sides"] == ["filled cache", "empty cache"]
+    filled, empty = row["all_seconds"]
+    assert len(filled) == len(empty) == 2 and all(a < b < 30 for a, b in zip(filled, empty, strict=True))
+    assert row["ratio"] > 1
+
+    (scripts / "train_ppo.py").write_text("raise SystemExit(3)")
+    with pytest.raises(benchmark.BenchmarkError, match=r"code 3 before its first iteration"):
+        benchmark.measure_startup(settings)
+
+
+def test_startup_flags_are_knobs():
+    from therapy_jax import config
+
+    flags = [part for name, value in benchmark.STARTUP.items() for part in (f"--{name}", str(value))]
+    assert config.parse(["--config", str(ROOT / "configs" / "quickstart.yaml"), *flags]).ppo.iterations == 4
+
+
+def test_the_baseline_is_written_and_judged_by(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "BASELINE", tmp_path / "data" / "kept.json")
+    made_on = {"cpu": "c", "cores": 2, "threads": 2, "commit": "x", "date": "d"}
+
+    def judge(ratio, *flags):
+        options = benchmark.parse(["--quick", *flags])
+        return benchmark.judge_quick(options, [{"name": "a", "ratio": ratio}, {"name": "b"}], made_on)
+
+    assert judge(0.1)  # nothing kept yet
+    assert judge(2.0, "--write_baseline")
+    assert json.loads(benchmark.BASELINE.read_text())["ratios"] == {"a": 2.0}
+    assert judge(1.21) and not judge(1.19)
+    assert "1.19; kept 2.00, 60% of it" in capsys.readouterr().out
+
+
+def test_pictures_of_rows_and_of_scaling(tmp_path):
+    results = [{"name": "a", "ratio": 2.0, "spread": (1.5, 2.5)}, {"name": "b"}]
+    points = [
+        {"work": work, "axis": axis, "value": n, "seconds": n / 10, "peak_bytes": None if axis == "length" else n * 2**20}
+        for work in benchmark.SCALED for axis in ("batch", "length") for n in (2, 4)
+    ]  # fmt: skip
+    benchmark_report.plot_ratios(results, tmp_path / "ratios.png")
+    benchmark_report.plot_scaling(points, tmp_path / "scaling.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("ratios", "scaling"))
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "200"}
     command = [sys.executable, "scripts/benchmark.py", "--sizes", "tiny", "--threads", "1", *arguments]
