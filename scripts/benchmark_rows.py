@@ -1,0 +1,208 @@
+"""What scripts/benchmark.py measures: the sizes and shapes of the work, what it costs, the rows, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HYPER_SFT = {"learning_rate": 1e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}
+HYPER_PPO = {
+    "learning_rate": 1e-4, "kl_coef": 0.05, "clip": 0.2, "value_clip": 0.2, "value_coef": 0.1, "gamma": 1.0, "lam": 0.95,
+    "temperature": 0.7,
+}  # fmt: skip
+
+# ---- sizes and shapes
+
+
+class Size(NamedTuple):
+    """Of a model: L layers, D width, H heads, V words in the vocabulary."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int = 50_257
+
+
+class Shapes(NamedTuple):
+    """Of the work: B sequences or prompts, T tokens each, P of a prompt, R of a reply."""
+
+    sft: tuple[int, int]  # B, T
+    generate: tuple[int, int, int]  # B, P, R
+    ppo: tuple[int, int, int, int, int]  # B, P, R, epochs, minibatches
+    memory: tuple[int, int]  # B, T
+    rewards: tuple[int, int] = (256, 64)  # replies, words at most
+
+
+SIZES = {"nano": Size(4, 128, 4), "gpt2": Size(12, 768, 12)}
+SHAPES = {
+    "nano": Shapes(sft=(16, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512)),
+    "gpt2": Shapes(sft=(8, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512)),
+}
+QUICK_SHAPES = Shapes(sft=(8, 64), generate=(8, 32, 32), ppo=(8, 32, 16, 2, 2), memory=(4, 128))
+TINY = Size(2, 64, 2, 1000), Shapes(  # --sizes tiny: every model is this one, to try the whole thing in a minute
+    sft=(4, 32), generate=(4, 8, 8), ppo=(8, 8, 8, 2, 2), memory=(4, 32), rewards=(16, 12)
+)  # fmt: skip
+
+
+# ---- what the work costs: the same count for both sides of a row, whatever each of them does beyond it
+
+
+def forward_flops(size: Size, tokens: int, seen: int, predicted: int) -> float:
+    """FLOPs of one forward pass. A multiply-add is two, and nothing but matrix products counts.
+
+    A block has 12 D^2 weights in its matrices (query, key, value and output: 4 D^2; the MLP of width 4 D: 8 D^2), each used
+    once a token: 2 * 12 L D^2 a token. Attention takes two products of length D for each pair of a token and a place that
+    it sees (q k, and weights v): 4 L D a pair; `seen` is the number of pairs. The head is used where something is
+    predicted: 2 V D each.
+    """
+    blocks = 2 * 12 * size.layers * size.width**2 * tokens
+    pairs = 4 * size.layers * size.width * seen
+    return float(blocks + pairs + 2 * size.vocabulary * size.width * predicted)
+
+
+def training_flops(size: Size, batch: int, length: int) -> float:
+    """One SFT step. The backward pass makes two products for each of the forward one: 3 times the forward pass, which is
+    6 (12 L D^2 + V D) tokens + 12 L T D tokens. Every pair of places counts, though causal attention needs half of them:
+    that is how the utilisation of training is usually stated."""
+    tokens = batch * length
+    return 3 * forward_flops(size, tokens, tokens * length, tokens)
+
+
+def generation_flops(size: Size, batch: int, prompt: int, new: int) -> float:
+    """P prompt tokens at once, then each new one but the last, with all places before it in a cache."""
+    decoded = sum(prompt + i for i in range(1, new))
+    return batch * forward_flops(size, prompt + new - 1, prompt * prompt + decoded, new)
+
+
+def ppo_flops(size: Size, batch: int, prompt: int, new: int, epochs: int, separate_critic: bool) -> float:
+    """Generation, the reference's and the critic's reading of prompt and reply, and `epochs` passes of training. The old
+    log-probs come with the sampled tokens and cost nothing more. A critic on the policy's own hidden states is free."""
+    tokens = prompt + new
+    policy = forward_flops(size, tokens, tokens * tokens, new)
+    critic = forward_flops(size, tokens, tokens * tokens, 0) if separate_critic else 0.0
+    return generation_flops(size, batch, prompt, new) + batch * (policy + critic + 3 * epochs * (policy + critic))
+
+
+# ---- rows
+
+
+class Row(NamedTuple):
+    """One comparison."""
+
+    name: str
+    model: str
+    work: str  # what both workers prepare
+    ours: str  # labels of the sides
+    peer: str
+    script: str  # the peer's worker
+    task: dict[str, Any]  # what both are told; "batch" names the arrays
+    ours_task: dict[str, Any]
+    peer_task: dict[str, Any]
+    check: str  # rows of one name share one agreement check, made by the first of them
+    useful: int  # tokens of a run that count: supervised ones in training, new ones in generation; 0: no tokens
+    flops: tuple[float, float]  # of ours, of theirs
+    measure: str = "seconds"  # or "peak_bytes": what the ratio is of
+
+
+def make_rows(
+    what: Sequence[str], models: Sequence[str], sizes: Mapping[str, Size], shapes: Mapping[str, Shapes], quick: bool
+) -> list[Row]:
+    """Every row that the command line asks for. `startup` is none: see `measure_startup`.
+
+    A row of another kind of work is a block here, a `prepare_*` in each worker and a line in `make_batch`. The next one is
+    `conversations`, ours packed against torch padded: benchmark_torch.prepare_conversations is ready for it.
+    """
+    rows: list[Row] = []
+    for model in models:
+        size, shape = sizes[model], shapes[model]
+        torch = {"script": "benchmark_torch.py", "model": model}
+        if "sft" in what:
+            b, t = shape.sft
+            same = {"batch": "sft", "hyper": HYPER_SFT, "steps": 3}
+            flops, useful = training_flops(size, b, t), b * (t - 1)
+            kinds = [
+                ("float32", "eager", False),
+                ("float32", "compiled", True),
+                ("bfloat16", "autocast, compiled", True),
+            ]
+            for dtype, how, compiled in kinds[:1] if quick else kinds:
+                rows.append(
+                    Row(
+                        f"sft {model} {b}x{t}, {dtype} against torch {how}", work="sft", ours=f"jax {dtype}",
+                        peer=f"torch {how}", task={**same, "dtype": dtype}, ours_task={}, peer_task={"compile": compiled},
+                        check=f"sft {model} {dtype} {how}", useful=useful, flops=(flops, flops), **torch,
+                    )
+                )  # fmt: skip
+        if "generate" in what:
+            b, p, r = shape.generate
+            flops = generation_flops(size, b, p, r)
+            for how, top_k in [("greedy", 0)] if quick else [("greedy", 0), ("top-k 50", 50)]:
+                task = {"batch": "generate", "dtype": "float32", "new_tokens": r, "top_k": top_k}
+                rows.append(
+                    Row(
+                        f"generate {model} {b}x{p}+{r}, {how}", work="generate", ours="jax float32", peer="torch generate",
+                        task=task, ours_task={}, peer_task={}, check=f"generate {model}", useful=b * r,
+                        flops=(flops, flops), **torch,
+                    )
+                )  # fmt: skip
+        if "ppo" in what:
+            b, p, r, epochs, minibatches = shape.ppo
+            hyper = {**HYPER_PPO, "epochs": epochs, "minibatches": minibatches}
+            task = {"batch": "ppo", "dtype": "float32", "new_tokens": r, "hyper": hyper}
+            separate, shared = (ppo_flops(size, b, p, r, epochs, critic) for critic in (True, False))
+            for head, count in [("separate", separate)] if quick else [("separate", separate), ("shared", shared)]:
+                rows.append(
+                    Row(
+                        f"ppo {model} {b}x{p}+{r}, {epochs}x{minibatches} steps, {head} critic", work="ppo",
+                        ours=f"jax float32, {head}", peer="TRL, separate", task=task, ours_task={"value_head": head},
+                        peer_task={}, check=f"ppo {model}", useful=b * r, flops=(count, separate), **torch,
+                    )
+                )  # fmt: skip
+        if "memory" in what:
+            b, t = shape.memory
+            flops = training_flops(size, b, t)
+            for how, compiled in (("eager", False), ("compiled", True)):
+                rows.append(
+                    Row(
+                        f"memory sft {model} {b}x{t}, float32 against torch {how}", work="sft", ours="jax float32",
+                        peer=f"torch {how}", ours_task={}, peer_task={"compile": compiled},
+                        task={"batch": "memory", "hyper": HYPER_SFT, "steps": 3, "dtype": "float32"},
+                        check=f"memory {model} {how}", useful=b * (t - 1), flops=(flops, flops), measure="peak_bytes",
+                        **torch,
+                    )
+                )  # fmt: skip
+    if "rewards" in what:
+        b, w = shapes[models[0]].rewards
+        for how, terms in (("ROUGE-1/2/L, BLEU", ["rouge1", "rouge2", "rouge_l", "bleu"]), ("ROUGE-L", ["rouge_l"])):
+            rows.append(
+                Row(
+                    f"rewards {b}x{w}, {how}", work="rewards", model=models[0], ours="jax", peer="rouge-score, nltk",
+                    script="benchmark_loop.py", task={"batch": "rewards", "terms": terms}, ours_task={}, peer_task={},
+                    check=f"rewards {how}", useful=0, flops=(0.0, 0.0),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def make_batch(name: str, size: Size, shape: Shapes) -> dict[str, np.ndarray]:
+    """Random, from a fixed seed: what both sides read."""
+    random = np.random.default_rng(0)
+    if name in ("sft", "memory"):
+        tokens = random.integers(0, size.vocabulary, shape.sft if name == "sft" else shape.memory).astype(np.int32)
+        mask = np.ones(tokens.shape, bool)
+        loss_mask = mask.copy()
+        loss_mask[:, 0] = False  # as batching.unsupervised: nothing comes before the first
+        return {"tokens": tokens, "attention_mask": mask, "loss_mask": loss_mask}
+    if name in ("generate", "ppo"):
+        b, p = shape.generate[:2] if name == "generate" else shape.ppo[:2]
+        table = random.normal(size=size.vocabulary).astype(np.float32)
+        return {"tokens": random.integers(0, size.vocabulary, (b, p)).astype(np.int32), "table": table}
+    assert name == "rewards"
+    b, w = shape.rewards
+    arrays: dict[str, np.ndarray] = {}
+    for side in ("hyp", "ref"):  # common words are common: some overlap, as replies have
+        arrays[side] = random.zipf(1.5, (b, w)).clip(1, 5000).astype(np.int32)
+        arrays[f"{side}_mask"] = np.arange(w) < random.integers(w // 4, w + 1, (b, 1))
+    return arrays

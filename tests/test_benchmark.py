@@ -1,0 +1,261 @@
+"""The benchmark's own arithmetic, worked by hand, and that it refuses to time what does not agree."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import benchmark  # noqa: E402
+import benchmark_agree  # noqa: E402
+import benchmark_report  # noqa: E402
+import benchmark_rows  # noqa: E402
+from benchmark_rows import Shapes, Size  # noqa: E402
+
+SMALL = Size(layers=1, width=2, heads=1, vocabulary=10)  # a block's matrices hold 12 * 2 * 2 = 48 weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "by_hand"),
+    [
+        # 5 tokens, 7 pairs, 3 predictions: 2 * 48 * 5 + 4 * 2 * 7 + 2 * 10 * 2 * 3
+        ((5, 7, 3), 480 + 56 + 120),
+        ((1, 0, 0), 96),
+        ((0, 1, 0), 8),
+        ((0, 0, 1), 40),
+    ],
+)
+def test_forward_flops_by_hand(arguments, by_hand):
+    assert benchmark_rows.forward_flops(SMALL, *arguments) == by_hand
+
+
+def test_training_flops_are_the_usual_formula():
+    # 2 sequences of 3: 6 tokens, 18 pairs, 6 predictions: 3 * (576 + 144 + 240)
+    assert benchmark_rows.training_flops(SMALL, 2, 3) == 2880
+    b, t, (l, d, _, v) = 8, 128, (12, 768, 12, 50_257)
+    usual = 6 * (12 * l * d**2 + v * d) * b * t + 12 * l * t * d * b * t
+    assert benchmark_rows.training_flops(benchmark_rows.SIZES["gpt2"], b, t) == usual
+
+
+def test_generation_flops_by_hand():
+    # Prompt of 2, then 3 new tokens: the first comes from the prompt, so 2 + 2 tokens go through the blocks; pairs: 2 * 2
+    # in the prompt, then 3 and 4 places; 3 predictions. 2 * 48 * 4 + 8 * 11 + 40 * 3 = 592
+    assert benchmark_rows.generation_flops(SMALL, 1, 2, 3) == 592
+    assert benchmark_rows.generation_flops(SMALL, 5, 2, 3) == 5 * 592
+
+
+def test_ppo_flops_by_hand():
+    # Forward of 5 tokens, 25 pairs, 3 predictions: 480 + 200 + 120 = 800; the critic has no head: 680.
+    assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, False) == 592 + 800 + 2 * 3 * 800
+    assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, True) == 592 + 1480 + 2 * 3 * 1480
+
+
+def test_ratio_is_the_median_of_pairs():
+    # 4/2, 6/2, 2/4
+    assert benchmark_report.ratio_and_spread([2, 2, 4], [4, 6, 2]) == (2.0, 0.5, 3.0)
+
+
+def test_baseline_fails_below_60_percent_of_what_was_kept():
+    kept = {"a": 2.0, "b": 2.0, "gone": 9.0}
+    compared = benchmark_report.against_baseline({"a": 1.2, "b": 1.19, "new": 0.01}, kept)
+    assert compared == [("a", 1.2, 2.0, True), ("b", 1.19, 2.0, False), ("new", 0.01, None, True)]
+
+
+def test_what_does_not_agree_is_seen():
+    grad = {"grad/a": np.ones(3), "grad/b": np.zeros(1)}
+    same = {"losses": np.ones(2), **grad}
+
+    def agrees(theirs):
+        return [c.agrees for c in benchmark_agree.compare("row", "sft", "float32", same, theirs)]
+
+    assert agrees(same) == [True, True]
+    assert agrees({**same, "losses": np.asarray([1.0, 1.001])}) == [False, True]
+    assert agrees({**same, "losses": np.asarray([1.0, np.nan])}) == [False, True]
+    assert agrees({**same, "losses": np.ones(3)}) == [False, True]
+    assert agrees({**same, "grad/a": np.asarray([1.0, 1.0, 1.01])}) == [True, False]
+    assert agrees({"losses": np.ones(2), "grad/a": np.ones(3)}) == [True, False]  # a tensor that one side lacks
+    replies = np.zeros((10, 4), int)
+    other = replies.copy()
+    other[:2, 3] = 1
+    assert benchmark_agree.differing_replies(replies, other) == 0.2
+
+
+def test_batches_are_the_same_each_time_and_wholly_supervised():
+    shape = Shapes(sft=(3, 5), generate=(2, 4, 3), ppo=(2, 4, 3, 1, 1), memory=(1, 6), rewards=(4, 8))
+    for name in ("sft", "memory", "generate", "ppo", "rewards"):
+        one, two = (benchmark_rows.make_batch(name, SMALL, shape) for _ in range(2))
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+    batch = benchmark_rows.make_batch("sft", SMALL, shape)
+    assert batch["loss_mask"].tolist() == [[False, True, True, True, True]] * 3
+    rows = {
+        row.name: row for row in benchmark_rows.make_rows(["sft"], ["nano"], {"nano": SMALL}, {"nano": shape}, False)
+    }
+    assert {row.useful for row in rows.values()} == {3 * 4} and len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--what", "sft,fly"], "unknown: fly; there are sft"),
+        (["--model", "gpt3"], "unknown: gpt3"),
+        (["--what", "ppo", "--compare", "torch"], "add it to --compare"),
+        (["--write_baseline"], "--quick"),
+        (["--repeats", "0"], "--repeats"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert named in said and "Traceback" not in said
+
+
+def test_what_is_asked_for():
+    assert benchmark.parse([]).what == list(benchmark.WORKS)
+    assert benchmark.parse(["--compare", "torch"]).what == ["sft", "generate", "rewards", "startup", "memory"]
+    assert benchmark.parse(["--scaling"]).what == []
+    quick, agree = benchmark.parse(["--quick"]), benchmark.parse(["--what", "agree"])
+    assert quick.what == agree.what == ["sft", "generate", "ppo", "rewards"]
+    assert quick.timed and not agree.timed
+
+
+STUB = """
+import json, sys, time
+from pathlib import Path
+run_dir, cache = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("--run_dir", "--compilation_cache"))
+(run_dir / "ppo").mkdir(parents=True)  # fails where an earlier start has left its own
+log = run_dir / "metrics.jsonl"
+assert not log.exists() or '"ppo"' not in log.read_text()
+time.sleep(0.1 if cache.exists() else 0.5)
+cache.mkdir(exist_ok=True)
+with log.open("a") as file:
+    file.write(json.dumps({"stage": "ppo", "step": 1}) + "\\n")
+time.sleep(60)  # the rest of the run, which nobody waits for
+"""
+
+
+def test_startup_counts_an_empty_and_a_filled_cache(tmp_path, monkeypatch):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "train_sft.py").write_text("")
+    (scripts / "train_ppo.py").write_text(STUB)
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    settings = benchmark.Settings(tmp_path, sys.executable, 1, 2, 0.0, {})
+    row = benchmark.measure_startup(settings)
+    assert row["sides"] == ["filled cache", "empty cache"]
+    filled, empty = row["all_seconds"]
+    assert len(filled) == len(empty) == 2 and all(a < b < 30 for a, b in zip(filled, empty, strict=True))
+    assert row["ratio"] > 1
+
+    (scripts / "train_ppo.py").write_text("raise SystemExit(3)")
+    with pytest.raises(benchmark.BenchmarkError, match=r"code 3 before its first iteration"):
+        benchmark.measure_startup(settings)
+
+
+def test_startup_flags_are_knobs():
+    from therapy_jax import config
+
+    flags = [part for name, value in benchmark.STARTUP.items() for part in (f"--{name}", str(value))]
+    assert config.parse(["--config", str(ROOT / "configs" / "quickstart.yaml"), *flags]).ppo.iterations == 4
+
+
+def test_the_baseline_is_written_and_judged_by(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "BASELINE", tmp_path / "data" / "kept.json")
+    made_on = {"cpu": "c", "cores": 2, "threads": 2, "commit": "x", "date": "d"}
+
+    def judge(ratio, *flags):
+        options = benchmark.parse(["--quick", *flags])
+        return benchmark.judge_quick(options, [{"name": "a", "ratio": ratio}, {"name": "b"}], made_on)
+
+    assert judge(0.1)  # nothing kept yet
+    assert judge(2.0, "--write_baseline")
+    assert json.loads(benchmark.BASELINE.read_text())["ratios"] == {"a": 2.0}
+    assert judge(1.21) and not judge(1.19)
+    assert "1.19; kept 2.00, 60% of it" in capsys.readouterr().out
+
+
+def test_pictures_of_rows_and_of_scaling(tmp_path):
+    results = [{"name": "a", "ratio": 2.0, "spread": (1.5, 2.5)}, {"name": "b"}]
+    points = [
+        {"work": work, "axis": axis, "value": n, "seconds": n / 10, "peak_bytes": None if axis == "length" else n * 2**20}
+        for work in benchmark.SCALED for axis in ("batch", "length") for n in (2, 4)
+    ]  # fmt: skip
+    benchmark_report.plot_ratios(results, tmp_path / "ratios.png")
+    benchmark_report.plot_scaling(points, tmp_path / "scaling.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("ratios", "scaling"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "200"}
+    command = [sys.executable, "scripts/benchmark.py", "--sizes", "tiny", "--threads", "1", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
+
+
+def test_a_python_without_torch_is_named(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n")  # no site-packages
+    python.chmod(0o755)
+    done = run("--what", "sft", "--torch_python", str(python), "--out", str(tmp_path / "bench.json"))
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert "is not installed in this Python" in done.stdout or "No module named" in done.stdout
+
+
+@pytest.mark.slow
+def test_both_sides_agree_and_the_agreeing_ones_are_timed(tmp_path):
+    pytest.importorskip("torch")
+    works = ["sft", "generate", "rewards"] + ["ppo"] * bool(importlib.util.find_spec("trl"))
+    peers = "torch,trl" if "ppo" in works else "torch"
+    out = tmp_path / "bench.json"
+    done = run("--quick", "--what", ",".join(["agree", *works]), "--compare", peers, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["work"] for row in rows} == set(works)
+    assert all(row["state"] == "agrees" and row["agreement"] for row in rows)
+
+    done = run("--quick", "--what", "rewards,generate", "--compare", "torch", "--out", str(out))
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: below the kept ratio, which other sizes may be
+    for row in json.loads(out.read_text())["rows"]:
+        assert row["state"] == "timed"
+        assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+SABOTAGE = """#!{python}
+# A Python whose torch model is a little off: its last layer norm has another bias.
+import runpy, sys
+from pathlib import Path
+import torch, transformers
+load = transformers.GPT2LMHeadModel.from_pretrained
+def from_pretrained(*arguments, **more):
+    model = load(*arguments, **more)
+    with torch.no_grad():
+        model.transformer.ln_f.bias += torch.linspace(-0.5, 0.5, len(model.transformer.ln_f.bias))
+    return model
+transformers.GPT2LMHeadModel.from_pretrained = from_pretrained
+sys.argv = sys.argv[1:]
+sys.path[0] = str(Path(sys.argv[0]).parent)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_peer_that_disagrees_is_not_timed(tmp_path):
+    pytest.importorskip("torch")
+    python, out = tmp_path / "python", tmp_path / "bench.json"
+    python.write_text(SABOTAGE.format(python=sys.executable))
+    python.chmod(0o755)
+    done = run("--quick", "--what", "sft", "--compare", "torch", "--torch_python", str(python), "--out", str(out))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DISAGREES" in done.stdout and "Traceback" not in done.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["state"] == "not timed: the two sides do not agree"
+    assert "ratio" not in row and "seconds" not in row
