@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_conversations
 import numpy as np
 from benchmark_agree import Check, compare
 from benchmark_report import (
@@ -52,17 +53,25 @@ from benchmark_rows import (
 )
 from rich.console import Console
 
-from therapy_jax import run
+from therapy_jax import files, run
+from therapy_jax.dialogue import DataError
 from therapy_jax.run import console, escape
+from therapy_jax.weights import WeightsError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of configs/quickstart.yaml: how well the models do does not matter to a start, and the rest of the run never comes.
 STARTUP = {"pretrain.epochs": 1, "sft.epochs": 1, "classifiers.epochs": 2, "ppo.iterations": 4}
 BASELINE = ROOT / "tests" / "data" / "bench_baseline.json"
-WORKS = ("sft", "generate", "ppo", "rewards", "startup", "memory")
+WORKS = ("sft", "conversations", "generate", "ppo", "rewards", "startup", "memory")
 COMPARED = ("sft", "generate", "ppo", "rewards")  # by --quick, and by --what agree
 PEERS = ("torch", "trl")
-NEEDS = {"sft": "torch", "generate": "torch", "memory": "torch", "ppo": "trl"}  # whom each work is compared with
+NEEDS = {
+    "sft": "torch",
+    "conversations": "torch",
+    "generate": "torch",
+    "memory": "torch",
+    "ppo": "trl",
+}  # whom each work is compared with
 # glibc's malloc hands freed memory back and faults it in again at the next step; with these it keeps it, in huge pages.
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -381,6 +390,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="keep: " + " ".join(MALLOC))
     parser.add_argument("--torch_python", default=sys.executable, help="the Python that torch and trl are installed in")
     parser.add_argument("--ppo_model", type=names(tuple(SIZES)), default=["nano"], help="models of the ppo rows")
+    parser.add_argument("--conversations", metavar="FORMAT:FILE", help="such as mesc:MESC.csv; default: the sample")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="for the conversations; default: one trained on them")
     parser.add_argument("--sizes", choices=("tiny",), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=f"nano in small, against {BASELINE.relative_to(ROOT)}")
     parser.add_argument("--write_baseline", action="store_true", help="with --quick: keep these ratios instead")
@@ -409,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="benchmark.") as folder:
             return benchmark(options, Path(folder))
-    except BenchmarkError as error:
+    except (BenchmarkError, DataError, WeightsError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         return 2
     except KeyboardInterrupt:
@@ -426,7 +437,12 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     sizes = {name: TINY[0] if options.sizes else SIZES[name] for name in dict.fromkeys([*models, *options.ppo_model])}
     shapes = {name: TINY[1] if options.sizes else QUICK_SHAPES if options.quick else SHAPES[name] for name in sizes}
     ppo_models = ["nano"] if options.quick else options.ppo_model
-    rows = make_rows([w for w in what if w != "ppo"], models, sizes, shapes, options.quick)
+    counts: dict[str, benchmark_conversations.Counts] = {}
+    if "conversations" in what:
+        for name in models:
+            path, words = folder / f"{name}.conversations.npz", sizes[name].vocabulary
+            counts[name] = benchmark_conversations.write(path, options.conversations, options.tokenizer, words)
+    rows = make_rows([w for w in what if w != "ppo"], models, sizes, shapes, options.quick, counts)
     rows += make_rows(["ppo"] if "ppo" in what else [], ppo_models, sizes, shapes, options.quick)
 
     workers: dict[str, Any] = {}
@@ -475,7 +491,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
         for line in best_of(results):
             console.print(escape(line))
     try:
-        run.write_json(options.out, report)
+        files.write_json(options.out, report)
         plot_ratios(results, options.out.with_suffix(".png"))
     except OSError as error:
         raise BenchmarkError(f"{options.out} cannot be written ({error.strerror})") from error
@@ -492,7 +508,7 @@ def judge_quick(options: argparse.Namespace, results: Sequence[Mapping[str, Any]
     if options.write_baseline:
         BASELINE.parent.mkdir(parents=True, exist_ok=True)
         where = {name: made_on[name] for name in ("cpu", "cores", "threads", "commit", "date")}
-        run.write_json(BASELINE, {"made_on": where, "ratios": {name: round(ratio, 3) for name, ratio in now.items()}})
+        files.write_json(BASELINE, {"made_on": where, "ratios": {name: round(ratio, 3) for name, ratio in now.items()}})
         console.print(f"kept in {BASELINE.relative_to(ROOT)}")
         return True
     if not BASELINE.is_file():

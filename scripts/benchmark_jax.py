@@ -81,7 +81,7 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     model, params = load_model(task)
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
-    batch: Batch = jax.device_put(Batch(*(arrays[name] for name in names)))
+    batch: Batch = jax.device_put(Batch(**{name: arrays[name] for name in names}))
     key = jax.random.key(0)
     agree: dict[str, Any] = {}
     if task["check"]:
@@ -92,14 +92,7 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
 
         agree |= theirs(model.config, jax.device_get(jax.jit(jax.grad(mean_loss))(params)), "grad")
 
-    hyper = task["hyper"]
-    tx = optax.chain(
-        optax.clip_by_global_norm(hyper["max_grad_norm"]),
-        optax.adamw(hyper["learning_rate"], weight_decay=hyper["weight_decay"], mask=sft.decayed),
-    )
-    cfg = TrainingConfig(batch_size=batch.tokens.shape[0])
-    program = jax.jit(functools.partial(sft.sft_step, model=model, tx=tx, cfg=cfg), donate_argnums=0)
-    state = sft.init_state(params, tx)
+    program, state = sft_program(task, model, params, batch.tokens.shape[0])
     del params  # donated with the state
 
     def step():
@@ -110,6 +103,45 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     loss, seconds = first_call(step)
     if task["check"]:
         worker.save(task["agree"], agree | {"losses": [loss] + [step() for _ in range(task["steps"] - 1)]})
+    return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(lambda: jax.block_until_ready(step()))
+
+
+def sft_program(task: worker.Json, model: gpt2.GPT2, params: Params, size: int) -> tuple[Callable, sft.TrainState]:
+    """-> (the compiled step, its first state)."""
+    hyper = task["hyper"]
+    tx = optax.chain(
+        optax.clip_by_global_norm(hyper["max_grad_norm"]),
+        optax.adamw(hyper["learning_rate"], weight_decay=hyper["weight_decay"], mask=sft.decayed),
+    )
+    cfg = TrainingConfig(batch_size=size)
+    program = jax.jit(functools.partial(sft.sft_step, model=model, tx=tx, cfg=cfg), donate_argnums=0)
+    return program, sft.init_state(params, tx)
+
+
+def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
+    """SFT on rows of whole conversations, packed_NAME [S, B, T]; a run takes all S steps. agree: loss, nats per supervised
+    token of all of them, before any step."""
+    model, params = load_model(task)
+    arrays = worker.load(task["batch"])
+    names = ("tokens", "attention_mask", "loss_mask")
+    layout = gpt2.Layout(**{name: arrays[f"packed_{name}"] for name in gpt2.Layout._fields})
+    stacked = Batch(**{name: arrays[f"packed_{name}"] for name in names}, layout=layout)
+    count = len(stacked.tokens)
+    batches = [jax.device_put(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count)]
+    if task["check"]:
+        loss_of = jax.jit(functools.partial(sft.sft_loss, key=None, model=model))
+        sums = np.asarray([jax.device_get(loss_of(params, batch)) for batch in batches]).sum(0)
+        worker.save(task["agree"], {"losses": [sums[0] / sums[1]]})
+    program, state = sft_program(task, model, params, stacked.tokens.shape[1])
+    key = jax.random.key(0)
+
+    def step():
+        nonlocal state
+        for batch in batches:
+            state, metrics = program(state, batch, key)
+        return metrics["loss"]
+
+    _, seconds = first_call(step)
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(lambda: jax.block_until_ready(step()))
 
 
@@ -246,6 +278,7 @@ def make_side() -> worker.Side:
         works={
             "export": export,
             "sft": prepare_sft,
+            "conversations": prepare_conversations,
             "generate": prepare_generate,
             "ppo": prepare_ppo,
             "rewards": prepare_rewards,

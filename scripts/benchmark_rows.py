@@ -107,14 +107,20 @@ class Row(NamedTuple):
 
 
 def make_rows(
-    what: Sequence[str], models: Sequence[str], sizes: Mapping[str, Size], shapes: Mapping[str, Shapes], quick: bool
+    what: Sequence[str],
+    models: Sequence[str],
+    sizes: Mapping[str, Size],
+    shapes: Mapping[str, Shapes],
+    quick: bool,
+    counts: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Every row that the command line asks for. `startup` is none: see `measure_startup`.
+    """Every row that the command line asks for. `startup` is none: see `measure_startup`. counts: for `conversations`,
+    what benchmark_conversations.write said of each model's.
 
-    A row of another kind of work is a block here, a `prepare_*` in each worker and a line in `make_batch`. The next one is
-    `conversations`, ours packed against torch padded: benchmark_torch.prepare_conversations is ready for it.
+    A row of another kind of work is a block here, a `prepare_*` in each worker and a line in `make_batch`.
     """
     rows: list[Row] = []
+    counts = counts or {}
     for model in models:
         size, shape = sizes[model], shapes[model]
         torch = {"script": "benchmark_torch.py", "model": model}
@@ -133,6 +139,22 @@ def make_rows(
                         f"sft {model} {b}x{t}, {dtype} against torch {how}", work="sft", ours=f"jax {dtype}",
                         peer=f"torch {how}", task={**same, "dtype": dtype}, ours_task={}, peer_task={"compile": compiled},
                         check=f"sft {model} {dtype} {how}", useful=useful, flops=(flops, flops), **torch,
+                    )
+                )  # fmt: skip
+        if "conversations" in what:
+            c = counts[model]
+            ours, theirs = (
+                3 * forward_flops(size, read, pairs, c.supervised)
+                for read, pairs in ((c.ours, c.our_pairs), (c.theirs, c.their_pairs))
+            )
+            for how, compiled in (("eager", False), ("compiled", True)):
+                rows.append(
+                    Row(
+                        f"sft {model}, {c.supervised:,} tokens of whole conversations, against torch {how}",
+                        work="conversations", ours="jax, packed", peer=f"torch {how}, padded",
+                        task={"batch": "conversations", "hyper": HYPER_SFT, "dtype": "float32"}, ours_task={},
+                        peer_task={"compile": compiled}, check=f"conversations {model} {how}", useful=c.supervised,
+                        flops=(ours, theirs), **torch,
                     )
                 )  # fmt: skip
         if "generate" in what:

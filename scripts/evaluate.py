@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from therapy_jax import baselines, classifiers, dialogue, evaluate, gpt2, metrics, prompts, run, sharding
+from therapy_jax import baselines, classifiers, dialogue, evaluate, files, gpt2, metrics, prompts, run, sharding, stages
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.rewards import batch as reward_batch
@@ -34,12 +34,12 @@ def main(config: Config) -> None:
     gold = [e.therapist.emotion for e in chosen]
 
     # The SFT model is the trunk that scores every system; its tokens carry the trivial answers too.
-    gpt2_config, params, tokenizer = run.load_model(folder, "sft", config)
-    scorer = run.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
+    gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
+    scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
     refs = reward_batch.make_references(chosen, scorer.trunk, tokenizer, model=scorer.model)
     evaluator = classifiers.fit_evaluator(data, config.seed)
     expressed = None if evaluator is None else evaluator.predict
-    language = run.load_language_model(config)
+    language = stages.load_language_model(config)
 
     def judged(system: evaluate.System) -> dict:
         row = evaluate.row(system, chosen, expressed)
@@ -85,12 +85,12 @@ def main(config: Config) -> None:
         "emotion_majority_accuracy": metrics.majority_accuracy(gold),
         "paper": evaluate.PAPER,
     }
-    run.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     answers = [
         {"client": e.client.text, "therapist": e.therapist.text, **{name: s.texts[i] for name, s in samples.items()}}
         for i, e in enumerate(chosen)
     ]
-    run.write_json(folder / "answers.json", answers)
+    files.write_json(folder / "answers.json", answers)
     run.note_environment(folder, "evaluate", time.monotonic() - began)
     console.print(evaluate.table(results))
     for name, differences in results["comparisons"].items():
@@ -110,7 +110,7 @@ def of_model(
     mesh,
 ) -> evaluate.System:
     """One trained system's answers, scores and the perplexity of the therapist's replies under it."""
-    gpt2_config, params, tokenizer = run.load_model(folder, name, config)
+    gpt2_config, params, tokenizer = stages.load_model(folder, name, config)
     model, params = gpt2.GPT2(gpt2_config), sharding.replicate(mesh, params)
     size = config.evaluate.batch_size
     examples = [prompts.encode(tokenizer, e, config.prompt, gpt2_config.n_positions) for e in chosen]

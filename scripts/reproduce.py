@@ -17,7 +17,7 @@ import train_ppo
 import train_sft
 
 from therapy_jax import config as config_module
-from therapy_jax import grid, run, sharding, weights
+from therapy_jax import files, grid, run, sharding, weights
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Report, read_dialogues
 from therapy_jax.run import console, escape
@@ -39,7 +39,7 @@ def main(config: Config, seeds: int) -> None:
         finish(cell.config, train_ppo.main if cell.source else train_sft.main, evaluation.main)
 
     results = grid.summary(config, cells)
-    run.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(grid.markdown(results), encoding="utf-8")
     if config.grid.ppo:
         grid.curves(cells, folder / "curves.png")

@@ -14,7 +14,7 @@ import numpy as np
 import rich.box
 from rich.table import Table
 
-from therapy_jax import classifiers, gpt2, run
+from therapy_jax import classifiers, files, gpt2, run, stages
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -29,7 +29,7 @@ def main(config: Config) -> None:
         split: [e for d in part for e in exchanges(d)]
         for split, part in run.read_data(config.data, config.seed).items()
     }
-    gpt2_config, params, tokenizer = run.load_model(folder, "sft", config)
+    gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
     where = folder / "classifiers"
     if where.exists():
         console.print(f"classifiers: {run.escape(str(where))} is made anew")
@@ -39,7 +39,7 @@ def main(config: Config) -> None:
     console.print(f"classifiers: trained in {seconds:.0f} s; testing ...")
     tested = compare(found, data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config)
     report = json.loads((where / "report.json").read_text(encoding="utf-8"))
-    run.write_json(where / "report.json", {**report, "test": tested})
+    files.write_json(where / "report.json", {**report, "test": tested})
     run.note_environment(folder, "classifiers", seconds)
     console.print(table(tested))
     console.print(f"written: {run.escape(str(where))}")

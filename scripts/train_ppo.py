@@ -16,7 +16,21 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from therapy_jax import batching, checkpoint, classifiers, evaluate, gpt2, metrics, ppo, prompts, run, sharding, weights
+from therapy_jax import (
+    batching,
+    checkpoint,
+    classifiers,
+    evaluate,
+    files,
+    gpt2,
+    metrics,
+    ppo,
+    prompts,
+    run,
+    sharding,
+    stages,
+    weights,
+)
 from therapy_jax.batching import Prompt
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange, exchanges
@@ -50,9 +64,9 @@ def main(config: Config) -> None:
         split: [e for d in part for e in exchanges(d)]
         for split, part in run.read_data(config.data, config.seed).items()
     }
-    gpt2_config, params, tokenizer = run.load_model(folder, "sft", config)
+    gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
     model, tx = gpt2.GPT2(gpt2_config), ppo.optimizer(cfg)
-    scorer = run.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
+    scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
     ready = prepare(config, data, scorer)
     evaluate_policy = make_validation(config, folder, data, ready, scorer, mesh)
 
@@ -173,7 +187,7 @@ def make_validation(
 ) -> Callable[[Any, int], dict[str, float]]:
     """-> a function (policy, iteration) -> {validation/NAME: value}: replies to the fixed prompts, decoded as evaluate.py
     will; the reward, and metrics that are not in it."""
-    expressed, language = classifiers.fit_evaluator(data, config.seed), run.load_language_model(config)
+    expressed, language = classifiers.fit_evaluator(data, config.seed), stages.load_language_model(config)
     therapists = [e.therapist for e in ready.held_out]
     gold = [turn.emotion for turn in therapists]
     size = config.ppo.batch_size
@@ -242,7 +256,7 @@ def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, toke
     """folder/model, which torch's GPT2LMHeadModel loads, the value head beside it, and a separate critic in folder/critic."""
     weights.save_pretrained(folder / "model", gpt2_config, state.params["policy"], tokenizer)
     critic = state.params["value"]
-    head = {k: np.asarray(v) for k, v in checkpoint.flatten(jax.device_get(critic["head"])).items()}
+    head = {k: np.asarray(v) for k, v in files.flatten(jax.device_get(critic["head"])).items()}
     save_file(head, folder / "model" / "value_head.safetensors")
     if "trunk" in critic:
         weights.save_pretrained(folder / "critic", gpt2_config, critic["trunk"], tokenizer)

@@ -272,7 +272,12 @@ def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_devi
         "--sft.epochs": "0.3",
         "--ppo.iterations": "1",
     }
-    first |= {"--ppo.batch_size": "8", "--ppo.minibatches": "2", "--ppo.eval_prompts": "8", "--sampling.max_new_tokens": "12"}
+    first |= {
+        "--ppo.batch_size": "8",
+        "--ppo.minibatches": "2",
+        "--ppo.eval_prompts": "8",
+        "--sampling.max_new_tokens": "12",
+    }
 
     def script(name, run_dir, **more):
         flags = [part for pair in {**first, "--run_dir": str(run_dir), **more}.items() for part in pair]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from therapy_jax import config
-from therapy_jax.checkpoint import flatten
+from therapy_jax.files import flatten
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sft", "train_ppo", "evaluate")

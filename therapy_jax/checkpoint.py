@@ -15,6 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from therapy_jax.files import flatten
+
 FORMAT = 1  # of what we write; raised when an older checkpoint can no longer be read
 
 
@@ -90,11 +92,3 @@ def metric_of(manager: ocp.CheckpointManager, step: int, name: str) -> float:
     metrics = manager.metrics(step)
     assert metrics is not None, f"step {step} has no metrics"
     return metrics[name]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -33,10 +33,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from therapy_jax import batching, gpt2, metrics, prompts, run
-from therapy_jax.checkpoint import flatten
+from therapy_jax import batching, gpt2, metrics, prompts
 from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConfig
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
+from therapy_jax.files import flatten, write_json
 from therapy_jax.gpt2 import Params
 
 Array = jax.Array
@@ -384,7 +384,7 @@ def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
     save_file({name: np.asarray(x) for name, x in arrays.items()}, folder / "model.safetensors")
-    run.write_json(folder / "report.json", {"belongs_to": belongs, **found.report})
+    write_json(folder / "report.json", {"belongs_to": belongs, **found.report})
 
 
 def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Classifiers:

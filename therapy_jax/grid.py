@@ -31,9 +31,9 @@ from rich.table import Table
 
 from therapy_jax import config as config_module
 from therapy_jax import metrics
-from therapy_jax.checkpoint import flatten
 from therapy_jax.config import Config, ConfigError, GridConfig
 from therapy_jax.evaluate import PAPER
+from therapy_jax.files import flatten
 
 TRIVIAL = ("base", "constant", "retrieval", "random")  # answered once, in the first SFT cell of the first seed
 LANGUAGE_MODEL_SEED = 1000  # added to config.seed: no cell has it

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -33,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import DataError, Dialogue, Exchange, Report, read_dialogues
+from therapy_jax.files import write_json
 
 console = Console(highlight=False, soft_wrap=True)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
@@ -131,63 +131,6 @@ def compute_dtype(config: Config) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]:
-    """The model that an earlier stage left in the run folder -> (GPT2Config, params, tokenizer)."""
-    from therapy_jax import prompts, sharding, weights
-
-    path = folder / stage / "model"
-    if not (path / "model.safetensors").is_file():
-        script = "train_ppo.py" if stage == "ppo" else "train_sft.py"
-        raise ConfigError(
-            f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first"
-        )
-    gpt2_config, params = weights.load_pretrained(path)
-    shards = sharding.make_mesh(config.mesh).shape["data"]
-    gpt2_config = dataclasses.replace(gpt2_config, compute_dtype=compute_dtype(config), batch_shards=shards)
-    return gpt2_config, params, prompts.load_tokenizer(path)
-
-
-def make_scorer(
-    folder: Path, config: Config, data: dict[str, list[Exchange]], gpt2_config: Any, params: Any, tokenizer: Any
-) -> Any:
-    """What gives replies their reward terms (evaluate.Scorer): the SFT model as trunk, the classifiers of the run folder
-    (trained now where there are none yet), and the rewards that the config names."""
-    import jax
-    import jax.numpy as jnp
-
-    from therapy_jax import classifiers, evaluate, gpt2
-    from therapy_jax.rewards import combine, scoring
-    from therapy_jax.rewards.batch import Fixed
-    from therapy_jax.rewards.words import make_vocabulary
-
-    device_custom, host = scoring.load(config.rewards)
-    trunk = jax.tree.map(jnp.asarray, params)  # once on the device, and not again at each reading
-    names = classifiers.REWARDING
-    frozen = classifiers.load_or_train(folder, config, data, gpt2_config, trunk, tokenizer, names).frozen
-    fixed = Fixed(make_vocabulary(tokenizer, gpt2_config.padded_vocab_size), frozen)
-    weights = combine.weights_of(config.rewards)
-    return evaluate.Scorer(trunk, gpt2.GPT2(gpt2_config), tokenizer, fixed, weights, device_custom, host)
-
-
-def load_language_model(config: Config) -> Any:
-    """The model that says whether replies are language (evaluate.LanguageModel), or None where the config names none. It
-    must come from another seed than this run: what a policy was trained with would only praise itself."""
-    from therapy_jax import evaluate, gpt2
-
-    if config.evaluate.language_model is None:
-        return None
-    folder = Path(config.evaluate.language_model).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"evaluate.language_model: {folder} is no run folder (it has no config.yaml)")
-    theirs = config_module.load(folder / "config.yaml")
-    if theirs.seed == config.seed:
-        raise ConfigError(
-            f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's"
-        )
-    gpt2_config, params, tokenizer = load_model(folder, "sft", config)
-    return evaluate.LanguageModel(params, gpt2.GPT2(gpt2_config), tokenizer, theirs.prompt)
-
-
 @contextlib.contextmanager
 def count_compilations() -> Iterator[Callable[[], int]]:
     """Yields a function that says how many programs XLA was asked for since (compiled, or taken from the cache): a loop
@@ -240,13 +183,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write by rename, so that a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started: float) -> None:
