@@ -125,7 +125,8 @@ def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
     layout = gpt2.Layout(**{name: arrays[f"packed_{name}"] for name in gpt2.Layout._fields})
-    stacked = Batch(**{name: arrays[f"packed_{name}"] for name in names}, layout=layout)
+    parts: dict[str, Any] = {name: arrays[f"packed_{name}"] for name in names}
+    stacked = Batch(**parts, layout=layout)
     count = len(stacked.tokens)
     batches = [jax.device_put(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count)]
     if task["check"]:
