@@ -81,7 +81,8 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     model, params = load_model(task)
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
-    batch: Batch = jax.device_put(Batch(**{name: arrays[name] for name in names}))
+    parts: dict[str, Any] = {name: arrays[name] for name in names}
+    batch: Batch = jax.device_put(Batch(**parts))
     key = jax.random.key(0)
     agree: dict[str, Any] = {}
     if task["check"]:

@@ -120,7 +120,9 @@ def test_a_mistake_is_one_sentence(arguments, named, capsys):
 
 def test_what_is_asked_for():
     assert benchmark.parse([]).what == list(benchmark.WORKS)
-    assert benchmark.parse(["--compare", "torch"]).what == ["sft", "generate", "rewards", "startup", "memory"]
+    assert benchmark.parse(["--compare", "torch"]).what == [
+        "sft", "conversations", "generate", "rewards", "startup", "memory",
+    ]  # fmt: skip
     assert benchmark.parse(["--scaling"]).what == []
     quick, agree = benchmark.parse(["--quick"]), benchmark.parse(["--what", "agree"])
     assert quick.what == agree.what == ["sft", "generate", "ppo", "rewards"]
