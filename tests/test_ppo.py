@@ -255,9 +255,7 @@ def test_value_head_starts_at_zero_and_learns_the_returns():
     assert float(jnp.abs(rollout.old_values).max()) == 0.0
     frozen = rollout._replace(advantages=jnp.zeros_like(rollout.advantages))  # no pull on the policy
     state, _ = update(state, frozen, cfg=cfg)
-    _, _, values = ppo.read(
-        state.params, rollout.prompt, rollout.tokens, rollout.mask, model=MODEL, cfg=cfg, temperature=0.8
-    )
+    _, values = ppo.read(state.params, rollout.prompt, rollout.tokens, rollout.mask, model=MODEL, cfg=cfg)
     before = float(jnp.square(rollout.returns).sum())
     after = float(jnp.where(rollout.mask, jnp.square(values - rollout.returns), 0).sum())
     assert after < 0.1 * before

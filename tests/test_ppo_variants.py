@@ -261,7 +261,7 @@ def test_where_the_value_loss_reaches(head, reaches):
     assert ("trunk" in grads["value"]) == (head == "separate")
     assert head != "separate" or float(optax.tree.norm(grads["value"]["trunk"]["blocks"])) > 1e-3
 
-    read = jit(functools.partial(ppo.read, model=MODEL, cfg=cfg, temperature=0.8))
+    read = jit(functools.partial(ppo.read, model=MODEL, cfg=cfg))
     *policy_says, values = read(state.params, prompt, reply.tokens, reply.mask)
     *still_says, other_values = read({**state.params, "value": value}, prompt, reply.tokens, reply.mask)
     assert equal(policy_says, still_says)
