@@ -77,7 +77,7 @@ class Classifiers(NamedTuple):
 
 def states(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
     """Last hidden states beside token embeddings, which still say which word it is -> f32[B, T, 2D]."""
-    hidden_BTD = jnp.asarray(model.apply({"params": params}, tokens, mask, method="hidden")[0])
+    hidden_BTD = gpt2.hidden(params, tokens, mask, model=model)[0]
     return jnp.concatenate([hidden_BTD, params["wte"][tokens]], -1)
 
 
@@ -152,7 +152,7 @@ def _read(params: Params, tokens: Array, mask: Array, starts: Array, *, model: g
 
 @functools.partial(jax.jit, static_argnames="model")
 def _mean(params: Params, tokens: Array, mask: Array, starts: Array, *, model: gpt2.GPT2) -> Array:
-    hidden_BTD = jnp.asarray(model.apply({"params": params}, tokens, mask, method="hidden")[0])
+    hidden_BTD = gpt2.hidden(params, tokens, mask, model=model)[0]
     return pool(hidden_BTD, mask)[:, : model.config.n_embd]
 
 

@@ -70,6 +70,7 @@ def walk(
     spec: Spec, wte: Array, hidden: Array, tokens: Array, counted: Array, extra: tuple[Array, ...], with_grads: bool
 ):
     """-> (loss f32[], logprobs, entropy), and gradients of the loss for (wte, hidden) where they are wanted."""
+    # Each device walks its own part; a batch that does not divide is walked as one, which gives the same, only not side by side.
     parts = spec.config.batch_shards if tokens.shape[0] % spec.config.batch_shards == 0 else 1
     rows = tokens.size // parts
 
