@@ -46,7 +46,7 @@ def blank(size=B) -> RewardBatch:
     no, silent = jnp.zeros(size, bool), jnp.zeros((size, M))
     frozen = Frozen(head(E), head(S), jnp.asarray(PRIOR), jnp.full(S, 1 / S, jnp.float32), jnp.zeros(M), jnp.eye(M))
     reading = jnp.zeros((size, S))
-    given: list[Any] = [*[ids, mask] * 4, *[silent] * 4, reading, none, none, none, no, no, frozen]
+    given: list[Any] = [jnp.arange(size), *[ids, mask] * 4, *[silent] * 4, reading, none, none, none, no, no, frozen]
     return RewardBatch(*given)
 
 
@@ -66,7 +66,7 @@ def random_batch(seed, garbage) -> RewardBatch:
     reading = jnp.asarray(3 * rng.normal(size=(B, S)), jnp.float32)
     flags = (jnp.asarray(rng.integers(0, 2, B), bool) for _ in range(2))
     pairs = [x for _ in range(4) for x in some_words()]
-    given: list[Any] = [*pairs, *points, reading, index(E), index(E), index(S), *flags, blank().frozen]
+    given: list[Any] = [index(3), *pairs, *points, reading, index(E), index(E), index(S), *flags, blank().frozen]
     return RewardBatch(*given)
 
 
@@ -295,6 +295,17 @@ def test_a_policy_that_always_says_the_same_loses_nearly_all(size, reply):
     ids, mask = pack([reply] * size)
     got = sameness(blank(size)._replace(words=ids, words_mask=mask))
     np.testing.assert_allclose(got, -(1 - 1 / size), rtol=1e-6)
+
+
+def test_replies_to_one_prompt_may_be_alike():
+    """Two prompts, two replies each. Bigrams: mark-1 stands in all four replies, 1-2 in both of the first prompt alone, 1-3
+    in one reply of the second. Expected counts where each prompt is answered once: 1 + 2/2, 1, 1."""
+    ids, mask = pack([[1, 2], [1, 2], [1, 3], [1]])
+    b = blank(4)._replace(words=ids, words_mask=mask, prompt=jnp.asarray([7, 7, 0, 0]))
+    np.testing.assert_allclose(sameness(b), [-0.25, -0.25, -0.25, -0.5], rtol=1e-6)
+    order = jnp.asarray([2, 0, 3, 1])  # whatever the order of the replies
+    mixed = b._replace(words=ids[order], words_mask=mask[order], prompt=b.prompt[order])
+    np.testing.assert_allclose(sameness(mixed), [-0.25, -0.25, -0.5, -0.25], rtol=1e-6)
 
 
 def test_repetition_length_and_ending_by_hand():

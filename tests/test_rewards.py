@@ -21,7 +21,7 @@ from therapy_jax.rewards import batch, combine, overlap, words
 WIDTH = 12
 SCORER = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
 SMOOTHING = SmoothingFunction().method1
-OVERLAPS = ("rouge1", "rouge2", "rouge_l", "bleu")
+OVERLAPS = ("rouge1", "rouge2", "rouge_l", "bleu", "recall")
 CLOSE: dict[str, Any] = {"rtol": 2e-6, "atol": 1e-7}  # float32 against float64
 
 
@@ -36,14 +36,13 @@ def expected_overlaps(hyp, ref):
     rouge = SCORER.score(" ".join(ref), " ".join(hyp))
     # nltk divides by the reply's length; a reply without words scores 0 by its definition and ours.
     bleu = sentence_bleu([ref], hyp, smoothing_function=SMOOTHING) if hyp else 0.0
-    return [rouge[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")] + [bleu]
+    return [rouge[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")] + [bleu, rouge["rouge1"].recall]
 
 
 def overlaps(hyp, hyp_mask, ref, ref_mask):
     args = hyp, hyp_mask, ref, ref_mask
-    return jnp.stack(
-        [overlap.rouge_n(*args, 1), overlap.rouge_n(*args, 2), overlap.rouge_l(*args), overlap.bleu(*args)]
-    )
+    rouge = overlap.rouge_n(*args, 1), overlap.rouge_n(*args, 2), overlap.rouge_l(*args)
+    return jnp.stack([*rouge, overlap.bleu(*args), overlap.recall(*args)])
 
 
 def one_by_one(*args):
@@ -90,7 +89,7 @@ def test_common_subsequence_equals_the_table(hyps, refs, garbage):
 def test_hand_worked_overlap():
     # unigrams: 1 twice, 3 once -> 3 of 4 and 4; bigrams: (1,3) -> 1 of 3 and 3; longest common subsequence 1 1 3
     got = compiled(*pack([[1, 2, 1, 3]], 0), *pack([[1, 1, 3, 4]], 0))[:, 0]
-    np.testing.assert_allclose(got, [3 / 4, 1 / 3, 3 / 4, (3 / 4 * 1 / 3 * 0.1 / 2 * 0.1 / 1) ** 0.25], rtol=1e-6)
+    np.testing.assert_allclose(got, [3 / 4, 1 / 3, 3 / 4, (3 / 4 * 1 / 3 * 0.1 / 2 * 0.1 / 1) ** 0.25, 3 / 4], rtol=1e-6)
 
 
 def trained(texts, size=1200):

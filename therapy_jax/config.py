@@ -159,6 +159,8 @@ class RewardWeights:
 
     rouge1: float = 0.0
     """Unigram F1 with the therapist's reply, in [0, 1]."""
+    recall: float = 0.0
+    """Share of the words of the therapist's reply that are said, in [0, 1]."""
     rouge2: float = 0.0
     """Bigram F1 with the therapist's reply, in [0, 1]."""
     rouge_l: float = 1.0
@@ -178,7 +180,7 @@ class RewardWeights:
     repetition: float = 0.2
     """Minus the share of repeated word bigrams within the reply, in [-1, 0]."""
     sameness: float = 0.0
-    """Minus the share of the reply's word bigrams that the batch has said already, in [-1, 0]: against mode collapse."""
+    """Minus the share of the reply's word bigrams that other prompts are told, too, in [-1, 0]: against mode collapse."""
     length: float = 0.2
     """Minus the relative gap to the therapist's reply in words, in [-1, 0]."""
     ending: float = 0.2

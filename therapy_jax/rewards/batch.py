@@ -21,6 +21,7 @@ CONTEXT_TOKENS = 64  # of the turns before, the newest: what a reply can be abou
 class References(NamedTuple):
     """What the data says about each prompt. Readings are mean hidden states of the trunk, of each text alone."""
 
+    prompt: Array  # i32[B], which prompt it is: several replies to one prompt have the same number
     tokens: Array  # i32[B, Q], the therapist's reply text, padded on the right
     mask: Array  # bool[B, Q]
     client_tokens: Array  # i32[B, C], the client's utterance
@@ -35,6 +36,7 @@ class References(NamedTuple):
 class RewardBatch(NamedTuple):
     """Replies and references as the terms see them. Words are ids (see words.fold), packed to the left."""
 
+    prompt: Array  # i32[B], which prompt is answered: several replies to one prompt have the same number
     tokens: Array  # i32[B, R], as generated
     text_mask: Array  # bool[B, R], the reply's text: no stated emotion, no markers, no EOS
     words: Array  # i32[B, W] of that text
@@ -73,6 +75,7 @@ def make_references(exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any
 
     emotion = classifiers.label_ids("emotion", exchanges)[1::2]  # of client and therapist in turn
     arrays: list[Any] = [
+        np.arange(len(exchanges), dtype=np.int32),
         *padded(replies),
         *padded(clients),
         *(classifiers.means(trunk, rows, model=model) for rows in (replies, clients, before)),
@@ -128,6 +131,7 @@ def make(
     reference_words, reference_mask = fold(references.tokens, references.mask, vocabulary)
     client_words, client_mask = fold(references.client_tokens, references.client_mask, vocabulary)
     return RewardBatch(
+        prompt=references.prompt,
         tokens=tokens,
         text_mask=text,
         words=words,

@@ -31,6 +31,7 @@ def on_words(metric: Callable[..., Array]) -> Term:
 
 TERMS: dict[str, Term] = {  # the names are the fields of config.RewardWeights
     "rouge1": on_words(functools.partial(overlap.rouge_n, n=1)),
+    "recall": on_words(overlap.recall),
     "rouge2": on_words(functools.partial(overlap.rouge_n, n=2)),
     "rouge_l": on_words(overlap.rouge_l),
     "bleu": on_words(overlap.bleu),

@@ -51,14 +51,22 @@ def ending(batch: RewardBatch) -> Array:
     return jnp.where(batch.ended, jnp.where(batch.ends_sentence, 1.0, 0.5), 0.0)
 
 
+def counts(keys: Array, valid: Array) -> Array:
+    """How often the whole array holds each of its keys, i32 in the shape of u32 keys; where not `valid`, nothing to read."""
+    flat = jnp.sort(jnp.where(valid, keys, jnp.uint32(0)).ravel())  # hidden places are counted with key 0
+    return jnp.searchsorted(flat, keys, side="right") - jnp.searchsorted(flat, keys, side="left")
+
+
 def sameness(batch: RewardBatch) -> Array:
-    """Minus the share of the reply's word bigrams that the batch has said already: f32[B] in [-1, 0].
+    """Minus the share of the reply's word bigrams that other prompts are told, too: f32[B] in [-1, 0].
 
-        -mean over the reply's bigrams b of (1 - 1 / count of b in the whole batch)
+        -mean over the reply's bigrams b of (1 - 1 / n(b)),   n(b) = count of b in this reply + count for other prompts / G
 
-    Each bigram of the batch counts as new once, shared out among all who say it; so 1 + the mean over all bigrams is
-    Distinct-2 of the batch (Li et al. 2016). A mark stands before the first word: replies of one word have a bigram too,
-    and a policy that always says the same earns -1 + 1 / B at most, whatever it says.
+    with G replies to each prompt: n is the count to expect where each prompt is answered once. A bigram counts as new once,
+    shared out among all who say it; with one reply to a prompt, 1 + the mean over all bigrams is Distinct-2 of the batch (Li
+    et al. 2016). Replies to the same prompt may be alike: what is told to everybody is mode collapse, a sharp answer is
+    not. A mark stands before the first word: replies of one word have a bigram too, and a policy that always says the same
+    earns -1 + 1 / prompts at most, whatever it says.
     """
     start = jnp.ones_like(batch.words[:, :1])
     grams, valid = ngrams(
@@ -66,9 +74,11 @@ def sameness(batch: RewardBatch) -> Array:
     )
     first, second = (grams[..., i].astype(jnp.uint32) for i in (0, 1))
     keys = first * jnp.uint32(0x9E3779B1) + second * jnp.uint32(BASE)  # one number a bigram; 2^-32 for two to meet
-    flat = jnp.sort(jnp.where(valid, keys, jnp.uint32(0)).ravel())  # hidden places are counted with key 0, and not read
-    count = jnp.searchsorted(flat, keys, side="right") - jnp.searchsorted(flat, keys, side="left")
-    old = jnp.where(valid, 1.0 - 1.0 / jnp.maximum(count, 1), 0.0)
+    of_prompt = keys ^ (batch.prompt.astype(jnp.uint32) * jnp.uint32(0x85EBCA6B))[:, None]
+    replies = (batch.prompt[:, None] == batch.prompt).sum(1, keepdims=True)  # G
+    here = ((keys[:, :, None] == keys[:, None]) & valid[:, None]).sum(-1)
+    expected = here + (counts(keys, valid) - counts(of_prompt, valid)) / replies
+    old = jnp.where(valid, 1.0 - 1.0 / jnp.maximum(expected, 1), 0.0)
     return -(old.sum(-1) / jnp.maximum(valid.sum(-1), 1)).astype(jnp.float32)
 
 

@@ -46,6 +46,12 @@ def rouge_n(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array, n: int) ->
     return f1(*matches(hyp, hyp_mask, ref, ref_mask, n))
 
 
+def recall(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
+    """ROUGE-1 recall: the share of the reference's words that hyp says. F1 forgives a short reply what it leaves unsaid."""
+    hits, _, in_ref = matches(hyp, hyp_mask, ref, ref_mask, 1)
+    return hits / jnp.maximum(in_ref, 1.0)
+
+
 def common_subsequence(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
     """Length of the longest common subsequence in words, f32[B].
 
