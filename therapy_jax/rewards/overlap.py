@@ -2,14 +2,22 @@
 
 All take hyp i32[B,W], hyp_mask bool[B,W], ref i32[B,Q], ref_mask bool[B,Q], words packed to the left, and give f32[B] in
 [0, 1]. They equal rouge-score (without stemming) and nltk on the same words.
+
+One comparison of every word with every other is all that they read, kept as bits: `places` says of each word where it
+stands in the other text, one bit a place. Counting is then a population count, an n-gram is an AND of shifted bits, and a
+whole row of the table of the longest common subsequence is one addition. The batch is the last axis throughout, so that
+replies, not bits, lie side by side in a vector register.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from therapy_jax.gpt2 import Array
+
+BITS = 32  # of one limb; a text has as many limbs as it needs
 
 
 def ngrams(words: Array, mask: Array, n: int) -> tuple[Array, Array]:
@@ -21,18 +29,42 @@ def ngrams(words: Array, mask: Array, n: int) -> tuple[Array, Array]:
     return grams, jnp.stack([valid[:, i : i + width] for i in range(n)], -1).all(-1)
 
 
+def places(words: Array, mask: Array, others: Array, others_mask: Array) -> Array:
+    """u32[L,W,B]: bit q of limb l is set where word w of a row is its other text's word 32 l + q; none beyond the masks."""
+    limbs = -(-others.shape[1] // BITS)
+
+    def by_limb(x):  # [B,Q] -> [L,32,1,B]
+        return jnp.pad(x, ((0, 0), (0, limbs * BITS - x.shape[1]))).T.reshape(limbs, BITS, 1, -1)
+
+    bit = (jnp.uint32(1) << jnp.arange(BITS, dtype=jnp.uint32))[:, None, None]
+    inside = jnp.where(by_limb(others_mask), bit, jnp.uint32(0)).sum(1, dtype=jnp.uint32)
+    equal = jnp.where(words.T == by_limb(others), bit, jnp.uint32(0)).sum(1, dtype=jnp.uint32)
+    return jnp.where(mask.T, equal & inside, jnp.uint32(0))
+
+
+def places_of_ngrams(bits: Array, n: int) -> Array:
+    """`places` -> the same for the n-grams that start at each word: word w + i must stand at place q + i, for all i < n."""
+    limbs, found = bits.shape[0], bits
+    for i in range(1, n):
+        later = jnp.pad(bits[:, i:], ((0, 1), (0, min(i, bits.shape[1])), (0, 0)))
+        found &= (later[:limbs] >> i) | (later[1:] << (BITS - i))  # what leaves one limb enters the one before
+    return found
+
+
 def matches(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array, n: int) -> tuple[Array, Array, Array]:
     """Clipped n-gram matches, n-grams in hyp, n-grams in ref, f32[B] each.
 
     sum over distinct n-grams of min(count in hyp, count in ref), counted without sets: the k-th occurrence in hyp (k from
     0) is a match if ref holds the n-gram more than k times.
     """
-    hyp, hyp_mask = ngrams(hyp, hyp_mask, n)
-    ref, ref_mask = ngrams(ref, ref_mask, n)
-    in_hyp = (hyp[:, :, None] == hyp[:, None]).all(-1) & hyp_mask[:, None]
-    earlier = jnp.tril(in_hyp, -1).sum(-1)
-    in_ref = ((hyp[:, :, None] == ref[:, None]).all(-1) & ref_mask[:, None]).sum(-1)
-    hits, in_hyp, in_ref = (x.sum(-1).astype(jnp.float32) for x in (hyp_mask & (earlier < in_ref), hyp_mask, ref_mask))
+    in_ref = places_of_ngrams(places(hyp, hyp_mask, ref, ref_mask), n)
+    in_hyp = places_of_ngrams(places(hyp, hyp_mask, hyp, hyp_mask), n)
+    limbs, width, _ = in_hyp.shape
+    before = np.tril(np.ones((width, limbs * BITS), np.uint32), -1).reshape(width, limbs, BITS)
+    before = (before << np.arange(BITS, dtype=np.uint32)).sum(-1, dtype=np.uint32).T[..., None]  # bits of places < w
+    earlier, there = (jax.lax.population_count(x).sum(0) for x in (in_hyp & before, in_ref))
+    total = (jnp.maximum(mask.sum(1) - n + 1, 0) for mask in (hyp_mask, ref_mask))
+    hits, in_hyp, in_ref = (x.astype(jnp.float32) for x in ((earlier < there).sum(0), *total))
     return hits, in_hyp, in_ref
 
 
@@ -55,18 +87,23 @@ def recall(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
 def common_subsequence(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
     """Length of the longest common subsequence in words, f32[B].
 
-    One row of the classic table per word of hyp: new[j] = max(old[j], new[j-1], old[j-1] + 1 if the words are equal). Rows
-    never fall, so the dependence on new[j-1] is a running maximum, and a row is one vector operation.
+    A row of the classic table never falls and rises by at most 1, so it is kept as bits V: 0 where it rises. With M the
+    places of the next word of hyp, the next row is (V + (V & M)) | (V & ~M) (Hyyro 2004, "Bit-parallel LCS-length
+    computation revisited"): the carry of the addition moves each rise down to the first match after the rise before it.
     """
 
-    def next_row(row, word_and_mask):
-        word, counts = word_and_mask
-        equal = (word[:, None] == ref) & ref_mask & counts[:, None]
-        diagonal = jnp.where(equal, jnp.pad(row, ((0, 0), (1, 0)))[:, :-1] + 1, 0)
-        return jax.lax.cummax(jnp.maximum(row, diagonal), axis=1), None
+    def next_row(rows, found):
+        moved, carry = [], jnp.zeros(rows.shape[1:], jnp.uint32)
+        for row, match in zip(rows, found, strict=True):
+            summed = row + (row & match)
+            with_carry = summed + carry
+            carry = ((summed < row) | (with_carry < summed)).astype(jnp.uint32)
+            moved.append(with_carry | (row & ~match))
+        return jnp.stack(moved), None
 
-    row, _ = jax.lax.scan(next_row, jnp.zeros(ref.shape, jnp.int32), (hyp.T, hyp_mask.T))
-    return row[:, -1].astype(jnp.float32)
+    bits = places(hyp, hyp_mask, ref, ref_mask).swapaxes(0, 1)
+    rows, _ = jax.lax.scan(next_row, jnp.full(bits.shape[1:], 2**BITS - 1, jnp.uint32), bits, unroll=8)
+    return jax.lax.population_count(~rows).sum(0).astype(jnp.float32)
 
 
 def rouge_l(hyp: Array, hyp_mask: Array, ref: Array, ref_mask: Array) -> Array:
