@@ -10,6 +10,7 @@ temperature inside, so that the ratio of a fresh policy to itself is 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,26 +33,45 @@ class Reply(NamedTuple):
 
 def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
     """Mask all but the k likeliest tokens and/or the smallest set that holds top_p of the probability (Holtzman et al.
-    2020, "The Curious Case of Neural Text Degeneration"): logits f32[B,V] -> f32[B,V]. The likeliest token always stays."""
+    2020, "The Curious Case of Neural Text Degeneration"): logits f32[B,V] -> f32[B,V]. The likeliest token always stays,
+    and so do tokens that are as likely as the last one kept."""
     lowest = jnp.finfo(jnp.float32).min
     if top_k:
         logits = jnp.where(logits >= kth_largest(logits, min(top_k, logits.shape[-1])), logits, lowest)
     if top_p < 1.0:
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), axis=-1)
-        before = jnp.cumsum(ranked, -1) - ranked  # probability of all likelier tokens
-        kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < top_p, -1, inplace=False)
-        logits = jnp.where(kept, logits, lowest)
+        mass = jax.nn.softmax(logits, axis=-1)
+        enough = cutoff(logits, lambda kept: jnp.where(kept, mass, 0.0).sum(-1, keepdims=True) >= top_p)
+        logits = jnp.where(logits >= enough, logits, lowest)
     return logits
 
 
+def cutoff(values: Array, enough: Callable[[Array], Array]) -> Array:
+    """f32[B,N] -> f32[B,1], the largest number such that keeping values >= it is enough (bool[B,N] -> bool[B,1]).
+
+    No sort: the number is found bit by bit from the top, 32 passes (radix select). A float's bits order as the float does
+    once the negative ones are turned over.
+    """
+
+    def turn(bits):  # i32 <-> i32, its own inverse
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    top = jnp.uint32(1 << 31)  # and the sign's bit turned over, so that unsigned order is the order of the floats
+    keys = jax.lax.bitcast_convert_type(turn(jax.lax.bitcast_convert_type(values, jnp.int32)), jnp.uint32) ^ top
+
+    def next_bit(i, found):
+        higher = found | (top >> i.astype(jnp.uint32))
+        return jnp.where(enough(keys >= higher), higher, found)
+
+    found = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros_like(keys[:, :1]))
+    return jax.lax.bitcast_convert_type(turn(jax.lax.bitcast_convert_type(found ^ top, jnp.int32)), jnp.float32)
+
+
 def kth_largest(logits: Array, k: int) -> Array:
-    """f32[B,V] -> f32[B,1]. The k largest lie in the k blocks of 128 with the largest maxima, so that only those are sorted."""
-    blocks = logits.reshape(logits.shape[0], -1, 128)
-    some = min(k, blocks.shape[1])
-    _, index = jax.lax.top_k(blocks.max(-1), some)
+    """f32[B,V] -> f32[B,1]. The k largest lie in the k blocks of 64 with the largest maxima, so only those are searched."""
+    blocks = logits.reshape(logits.shape[0], -1, 64)
+    _, index = jax.lax.top_k(blocks.max(-1), min(k, blocks.shape[1]))
     inside = jnp.take_along_axis(blocks, index[..., None], 1).reshape(logits.shape[0], -1)
-    return jax.lax.top_k(inside, k)[0][:, -1:]
+    return cutoff(inside, lambda kept: kept.sum(-1, keepdims=True) >= k)
 
 
 def likeliest(logits: Array) -> Array:
