@@ -150,13 +150,13 @@ def generate(
         reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
         going_on = alive & (token != config.eos_token_id)
         hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, model=model)
-        return step + 1, reply, cache, going_on, gpt2.head(config, params["wte"], hidden_B1D[:, 0])
+        return step + 1, reply, cache, going_on, gpt2.head(config, params["wte"], hidden_B1D[:, 0], few=True)
 
     hidden_BD, cache = prefill(params, prompt, times, limit, model=model)
     empty = Reply(
         jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
     )
-    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), gpt2.head(config, params["wte"], hidden_BD))
+    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), gpt2.head(config, params["wte"], hidden_BD, few=True))
     return jax.lax.while_loop(unfinished, decode, start)[1]
 
 
