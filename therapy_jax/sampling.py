@@ -164,10 +164,15 @@ def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, 
     """Hidden states from which each reply token is predicted: f32[B,R,D] (the end of the prompt predicts the first).
 
     tokens i32[B,R], mask bool[B,R]: the replies to N prompts, B / N to each, side by side. A prompt is read once for all its
-    replies, forward and backward: N * P + B * R tokens, where prompt + reply of every reply would be B * (P + R).
+    replies, forward and backward: N * P + B * R tokens, where prompt + reply of every reply would be B * (P + R). One reply
+    to a prompt is read together with it.
     """
     room = tokens.shape[1] - 1  # nothing is predicted from the last token
-    end_BD, cache = prefill(params, prompt, tokens.shape[0] // prompt.tokens.shape[0], room, model=model)
+    times = tokens.shape[0] // prompt.tokens.shape[0]
+    if times == 1:
+        whole, counts = (jnp.concatenate([a, b[:, :-1]], 1) for a, b in zip(prompt, (tokens, mask), strict=True))
+        return hidden(params, whole, counts, model=model)[0][:, -room - 1 :]
+    end_BD, cache = prefill(params, prompt, times, room, model=model)
     if room == 0:
         return end_BD[:, None]
     hidden_BRD, _ = hidden(params, tokens[:, :-1], mask[:, :-1], cache, model=model)
