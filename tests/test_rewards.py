@@ -59,7 +59,9 @@ def row(width):
     return few | st.builds(lambda word, n: [word] * n, st.integers(0, 5), st.integers(0, width))
 
 
-@pytest.mark.parametrize("widths", [(12, 12), (12, 4), (3, 17), (1, 1), (40, 70), (70, 33)])  # of replies and references
+@pytest.mark.parametrize(
+    "widths", [(12, 12), (12, 4), (3, 17), (1, 1), (40, 70), (70, 33)]
+)  # of replies and references
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(0, 5))
 def test_overlap_equals_rouge_score_and_nltk(widths, data, garbage):
@@ -89,7 +91,9 @@ def test_common_subsequence_equals_the_table(hyps, refs, garbage):
 def test_hand_worked_overlap():
     # unigrams: 1 twice, 3 once -> 3 of 4 and 4; bigrams: (1,3) -> 1 of 3 and 3; longest common subsequence 1 1 3
     got = compiled(*pack([[1, 2, 1, 3]], 0), *pack([[1, 1, 3, 4]], 0))[:, 0]
-    np.testing.assert_allclose(got, [3 / 4, 1 / 3, 3 / 4, (3 / 4 * 1 / 3 * 0.1 / 2 * 0.1 / 1) ** 0.25, 3 / 4], rtol=1e-6)
+    np.testing.assert_allclose(
+        got, [3 / 4, 1 / 3, 3 / 4, (3 / 4 * 1 / 3 * 0.1 / 2 * 0.1 / 1) ** 0.25, 3 / 4], rtol=1e-6
+    )
 
 
 def trained(texts, size=1200):

@@ -14,7 +14,6 @@ Axes: B batch, T tokens, S slots of the cache, D width, H heads, K = D/H, F = n_
 from __future__ import annotations
 
 import functools
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -251,12 +250,17 @@ def hidden(
 
 
 def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Array:
-    """hidden [..., D] -> logits f32[..., padded vocabulary], the spare rows at the float minimum. few: hidden is [B, D] with
-    B small, as in decoding, where a CPU multiplies faster (1.7 times at D = 768; not at 128) with the rows of the vocabulary on the left."""
+    """hidden [..., D] -> logits f32[..., padded vocabulary], the spare rows at the float minimum.
+
+    few: hidden is [B, D] with a small B, as in decoding. A CPU then multiplies faster with the rows of the vocabulary on the
+    left (1.7 times at D = 768, not at 128).
+    """
     dtype = jnp.dtype(config.compute_dtype)
     wte, hidden = wte.astype(dtype), hidden.astype(dtype)
     if few and hidden.shape[-1] >= 512:  # the barrier keeps XLA from turning it back
-        logits = jax.lax.optimization_barrier(jnp.einsum("vd,bd->vb", wte, hidden, preferred_element_type=jnp.float32)).T
+        logits = jax.lax.optimization_barrier(
+            jnp.einsum("vd,bd->vb", wte, hidden, preferred_element_type=jnp.float32)
+        ).T
     else:
         logits = jnp.einsum("...d,vd->...v", hidden, wte, preferred_element_type=jnp.float32)
     if config.padded_vocab_size == config.vocab_size:

@@ -38,7 +38,7 @@ def places(words: Array, mask: Array, others: Array, others_mask: Array) -> Arra
 
     bit = (jnp.uint32(1) << jnp.arange(BITS, dtype=jnp.uint32))[:, None, None]
     inside = jnp.where(by_limb(others_mask), bit, jnp.uint32(0)).sum(1, dtype=jnp.uint32)
-    equal = jnp.where(words.T == by_limb(others), bit, jnp.uint32(0)).sum(1, dtype=jnp.uint32)
+    equal = jnp.where(by_limb(others) == words.T, bit, jnp.uint32(0)).sum(1, dtype=jnp.uint32)
     return jnp.where(mask.T, equal & inside, jnp.uint32(0))
 
 
