@@ -23,6 +23,9 @@ from therapy_jax.gpt2 import Array, Params, hidden
 from therapy_jax.head import Spec, head_loss, pick, temper
 
 
+BLOCK = 64  # of the vocabulary, whose padded size is a multiple of 128
+
+
 class Reply(NamedTuple):
     """Generated tokens. `mask` is True up to and including EOS (or the length limit); the rest is 0 and counts for nothing."""
 
@@ -66,28 +69,45 @@ def cutoff(values: Array, enough: Callable[[Array], Array]) -> Array:
     return jax.lax.bitcast_convert_type(turn(jax.lax.bitcast_convert_type(found ^ top, jnp.int32)), jnp.float32)
 
 
+def blocks(logits: Array) -> Array:
+    """f32[B,V] -> f32[B,V/64,64]. One pass over the vocabulary says what each block holds; after that only blocks that
+    matter are looked into, which takes next to no time."""
+    return logits.reshape(logits.shape[0], -1, BLOCK)
+
+
 def kth_largest(logits: Array, k: int) -> Array:
-    """f32[B,V] -> f32[B,1]. The k largest lie in the k blocks of 64 with the largest maxima, so only those are searched."""
-    blocks = logits.reshape(logits.shape[0], -1, 64)
-    _, index = jax.lax.top_k(blocks.max(-1), min(k, blocks.shape[1]))
-    inside = jnp.take_along_axis(blocks, index[..., None], 1).reshape(logits.shape[0], -1)
+    """f32[B,V] -> f32[B,1]. The k largest lie in the k blocks with the largest maxima, so only those are searched."""
+    maxima = blocks(logits).max(-1)
+    _, index = jax.lax.top_k(maxima, min(k, maxima.shape[1]))
+    inside = jnp.take_along_axis(blocks(logits), index[..., None], 1).reshape(logits.shape[0], -1)
     return cutoff(inside, lambda kept: kept.sum(-1, keepdims=True) >= k)
 
 
 def likeliest(logits: Array) -> Array:
-    """argmax over the last axis, the first of equals -> i32[B]: as two plain reductions, which XLA vectorises on CPU; its
-    reduction over pairs of value and index took a third of a decoding step."""
-    columns = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    return jnp.where(logits == logits.max(-1, keepdims=True), columns, logits.shape[-1] - 1).min(-1)
+    """argmax over the vocabulary, the first of equals: f32[B,V] -> i32[B]."""
+    block = jnp.argmax(blocks(logits).max(-1), -1)
+    inside = jnp.take_along_axis(blocks(logits), block[:, None, None], 1)[:, 0]
+    return (block * BLOCK + jnp.argmax(inside, -1)).astype(jnp.int32)
+
+
+def masses(logits: Array) -> tuple[Array, Array]:
+    """-> exp(logits - highest) summed over each block f32[B,V/64], and highest f32[B,1]."""
+    highest = blocks(logits).max(-1).max(-1, keepdims=True)
+    return jnp.exp(blocks(logits) - highest[..., None]).sum(-1), highest
+
+
+def log_normaliser(logits: Array) -> Array:
+    """log sum exp over the vocabulary: f32[B,V] -> f32[B]."""
+    sums, highest = masses(logits)
+    return highest[:, 0] + jnp.log(sums.sum(-1))
 
 
 def draw(logits: Array, uniform: Array) -> Array:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds uniform f32[B] in [0,1) -> i32[B].
 
-    In two levels, so that no cumulative sum over the whole vocabulary is needed: first the block of 128 tokens in which
-    the target falls, then the token within it. One uniform per row, against one per token for the Gumbel trick.
+    In two levels, so that no cumulative sum over the whole vocabulary is needed: first the block in which the target falls,
+    then the token within it. One uniform per row, against one per token for the Gumbel trick.
     """
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True)).reshape(logits.shape[0], -1, 128)
 
     def first_above(weights, target):  # f32[B,N], f32[B] -> index i32[B], mass before it f32[B]
         cumulative, some = jnp.cumsum(weights, -1), weights > 0
@@ -97,11 +117,11 @@ def draw(logits: Array, uniform: Array) -> Array:
         picked = jnp.take_along_axis(cumulative - weights, index[:, None], -1)[:, 0]
         return index, target - picked
 
-    sums = weights.sum(-1)
+    sums, highest = masses(logits)
     block, rest = first_above(sums, uniform * sums.sum(-1))
-    inside = jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0]
-    token, _ = first_above(inside, rest)
-    return (block * 128 + token).astype(jnp.int32)
+    inside = jnp.take_along_axis(blocks(logits), block[:, None, None], 1)[:, 0]
+    token, _ = first_above(jnp.exp(inside - highest), rest)
+    return (block * BLOCK + token).astype(jnp.int32)
 
 
 def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt2.GPT2) -> tuple[Array, gpt2.KVCache]:
@@ -146,7 +166,7 @@ def generate(
         step, reply, cache, alive, logits = carry
         token, tempered = choose(step, logits)
         token = jnp.where(alive, token, 0)
-        logprob = jnp.where(alive, pick(tempered, token) - jax.nn.logsumexp(tempered, axis=-1), 0.0)
+        logprob = jnp.where(alive, pick(tempered, token) - log_normaliser(tempered), 0.0)
         reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
         going_on = alive & (token != config.eos_token_id)
         hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, model=model)
