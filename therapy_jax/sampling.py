@@ -22,7 +22,6 @@ from therapy_jax.config import SamplingConfig
 from therapy_jax.gpt2 import Array, Params, hidden
 from therapy_jax.head import Spec, head_loss, pick, temper
 
-
 BLOCK = 64  # of the vocabulary, whose padded size is a multiple of 128
 
 
