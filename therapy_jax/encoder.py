@@ -166,7 +166,7 @@ def embed(params: Params, tokens: Array, mask: Array, *, config: EncoderConfig) 
 
     def layer(x_BTD, p):
         q_BHTK, k_BHTK, v_BHTK = (heads(dense(x_BTD, p[name])) for name in ("query", "key", "value"))
-        mixed_BHTK = gpt2.attention(q_BHTK, k_BHTK, v_BHTK, visible_BTT, rate=0.0, key=None)
+        mixed_BHTK = gpt2.attention(q_BHTK, k_BHTK, v_BHTK, visible_BTT, 0.0, None)
         mixed_BTD = mixed_BHTK.swapaxes(1, 2).reshape(x_BTD.shape)
         x_BTD = gpt2.layer_norm(x_BTD + dense(mixed_BTD, p["attn_proj"]), p["ln_1"], config.layer_norm_eps)
         h_BTF = jax.nn.gelu(dense(x_BTD, p["c_fc"]), approximate=False)
