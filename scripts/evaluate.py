@@ -82,7 +82,7 @@ def main(config: Config) -> None:
         "therapist": {k: therapist[k] for k in evaluate.WITHOUT_REFERENCE if k in therapist},
         "comparisons": compare(samples, chosen, config),
         "constants": chosen_constants,
-        "emotion_majority_accuracy": metrics.majority_accuracy(gold),
+        "emotion_majority_accuracy": metrics.majority_accuracy(gold) if any(gold) else None,
         "paper": evaluate.PAPER,
     }
     files.write_json(folder / "results.json", results)

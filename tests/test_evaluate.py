@@ -177,3 +177,13 @@ def test_a_constant_wins_no_diversity_and_stands_in_the_table(data, scorer):
     console.print(evaluate.table(results))
     text = console.export_text()
     assert "33.3" in text and "0.9934" in text and "0.9900" in text and "…" not in text
+
+
+def test_data_without_emotions_has_a_row_without_them(data, scorer):
+    bare = [dataclasses.replace(e, therapist=dataclasses.replace(e.therapist, emotion=None)) for e in data["test"][:20]]
+    row = evaluate.row(score([e.therapist for e in bare], bare, scorer), bare, None)
+    assert row["rougeL"] == pytest.approx(1.0) and not [name for name in row if "emotion" in name]
+    console = Console(width=80, record=True)
+    results = {"data": {"name": "jsonl", "split": "test", "n": 20}, "systems": {"x": row}}
+    console.print(evaluate.table(results | {"emotion_majority_accuracy": None}))
+    assert "no emotion is annotated" in console.export_text()

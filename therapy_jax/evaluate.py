@@ -235,15 +235,17 @@ def row(
     system: System, exchanges: Sequence[Exchange], expressed: Callable[[Sequence[str]], list[str]] | None
 ) -> dict[str, Any]:
     """One system's line of results.json; all metrics are on words as metrics.signature() says. `expressed` reads emotions in
-    texts: the evaluator, which is never the classifier that rewards."""
+    texts: the evaluator, which is never the classifier that rewards. Data without emotions gives no metric of them."""
     wanted = [e.therapist for e in exchanges]
     gold = [t.emotion for t in wanted]
-    read = metrics.emotion_scores(expressed(system.texts), gold, "emotion_expressed") if expressed else {}
+    emotions: dict[str, float] = {}
+    if any(gold):
+        emotions |= metrics.emotion_scores(system.emotions, gold, "emotion_stated")
+        emotions |= metrics.emotion_scores(expressed(system.texts), gold, "emotion_expressed") if expressed else {}
     return {
         "reward": system.reward,
         **metrics.text_metrics(system.texts, [t.text for t in wanted]),
-        **metrics.emotion_scores(system.emotions, gold, "emotion_stated"),
-        **read,
+        **emotions,
         "stop_rate": system.stop_rate,
         "perplexity": system.perplexity,
         "terms": system.terms,
@@ -294,9 +296,12 @@ def table(results: dict[str, Any]) -> Table:
     """results.json for the screen: a row a metric, a column a system, the paper's figures last."""
     data, systems = results["data"], results["systems"]
     majority = results["emotion_majority_accuracy"]
+    caption = "no emotion is annotated"
+    if majority is not None:
+        caption = f"emotion accuracy of always answering the majority: {majority:.4f}; stated emotions only"
     out = Table(
         title=f"{data['name']}, {data['split']} split, {data['n']} exchanges",
-        caption=f"emotion accuracy of always answering the majority: {majority:.4f}; stated emotions only",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,

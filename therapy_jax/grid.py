@@ -327,12 +327,18 @@ def markdown(results: Mapping[str, Any]) -> str:
         "Differences of item scores, averaged over seeds; 95 % intervals of a paired bootstrap over exchanges:\n"
     )
     compared = comparison_rows(results)
+    majority = results["emotion_majority_accuracy"]
+    always = (
+        "No emotion is annotated."
+        if majority is None
+        else (f"Emotion accuracy of always answering the majority: {majority:.4f}.")
+    )
     return "\n".join(
         (
             f"{data['name']}, {data['split']} split, {data['n']} exchanges; mean ± sd over seeds {seeds}.\n",
             table(main_rows(results)),
             *((differences, table(compared)) if compared else ()),
-            f"Emotion accuracy of always answering the majority: {results['emotion_majority_accuracy']:.4f}.",
+            always,
             f"Signature: `{results['signature']}`.",
             f"Commit {results['commit'] or 'unknown'}; {results['hardware']}; {results['hours']:.2f} h; {versions}.\n",
         )
