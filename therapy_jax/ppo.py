@@ -263,7 +263,9 @@ def ppo_update(
         grads = warm(grads) if cfg.critic_warmup else grads
         updates, new_opt_state = tx.update(grads, opt_state, params)
         new = optax.apply_updates(params, warm(updates) if cfg.critic_warmup else updates), new_opt_state
-        params, opt_state = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), (params, opt_state), new)
+        if cfg.max_update_kl is not None:  # else nothing ever stops, and all parameters need not be written twice
+            new = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), (params, opt_state), new)
+        params, opt_state = new
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "skipped": stopped.astype(jnp.float32)}
         return (params, opt_state, stopped), metrics
 
