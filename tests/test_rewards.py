@@ -59,9 +59,8 @@ def row(width):
     return few | st.builds(lambda word, n: [word] * n, st.integers(0, 5), st.integers(0, width))
 
 
-@pytest.mark.parametrize(
-    "widths", [(12, 12), (12, 4), (3, 17), (1, 1), (40, 70), (70, 33)]
-)  # of replies and references
+# Widths of replies and references; beyond 32 words the bits of a text need more than one limb.
+@pytest.mark.parametrize("widths", [(12, 12), (12, 4), (3, 17), (1, 1), (40, 70), (70, 33)])
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(0, 5))
 def test_overlap_equals_rouge_score_and_nltk(widths, data, garbage):

@@ -3,10 +3,10 @@
 All take hyp i32[B,W], hyp_mask bool[B,W], ref i32[B,Q], ref_mask bool[B,Q], words packed to the left, and give f32[B] in
 [0, 1]. They equal rouge-score (without stemming) and nltk on the same words.
 
-One comparison of every word with every other is all that they read, kept as bits: `places` says of each word where it
-stands in the other text, one bit a place. Counting is then a population count, an n-gram is an AND of shifted bits, and a
-whole row of the table of the longest common subsequence is one addition. The batch is the last axis throughout, so that
-replies, not bits, lie side by side in a vector register.
+One comparison of every word with every other is all that they read (each asks for it; XLA merges the equal ones of a
+program), kept as bits: `places` says of each word where it stands in the other text, one bit a place. Counting is then a
+population count, an n-gram is an AND of shifted bits, and a whole row of the table of the longest common subsequence is one
+addition. The batch is the last axis throughout, so that replies, not bits, lie side by side in a vector register.
 """
 
 from __future__ import annotations
