@@ -111,7 +111,7 @@ def of_model(
 ) -> evaluate.System:
     """One trained system's answers, scores and the perplexity of the therapist's replies under it."""
     gpt2_config, params, tokenizer = stages.load_model(folder, name, config)
-    model, params = gpt2.GPT2(gpt2_config), sharding.replicate(mesh, params)
+    model, params = gpt2.GPT2(gpt2_config), sharding.place(mesh, params)
     size = config.evaluate.batch_size
     examples = [prompts.encode(tokenizer, e, config.prompt, gpt2_config.n_positions) for e in chosen]
     rows = [e.prompt for e in examples]

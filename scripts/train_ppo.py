@@ -71,10 +71,11 @@ def main(config: Config) -> None:
     evaluate_policy = make_validation(config, folder, data, ready, scorer, mesh)
 
     stats = combine.init_stats(probe(config, ready, scorer))
-    state = sharding.replicate(mesh, ppo.init_state(params, gpt2_config, tx, cfg, stats))
+    make = functools.partial(ppo.init_state, config=gpt2_config, tx=tx, cfg=cfg, stats=stats)
+    state = sharding.make_state(mesh, make, sharding.place(mesh, params))
     sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
-    same_anywhere = dataclasses.replace(gpt2_config, batch_shards=1)  # a run may go on with another number of devices
+    same_anywhere = dataclasses.replace(gpt2_config, mesh=None)  # a run may go on with another number of devices
     belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings}
     best_metric, mode = (
         f"validation/{cfg.keep_best.removeprefix('-')}",
@@ -99,7 +100,7 @@ def main(config: Config) -> None:
     def beyond(kl: float) -> bool:
         return cfg.max_kl is not None and kl > cfg.max_kl
 
-    iterate = compile_iteration(config, model, tx, ready, scorer, mesh)
+    iterate = compile_iteration(config, model, tx, state, ready, scorer, mesh)
     stopped = beyond(checkpoint.metric_of(manager, done, "kl_k3"))  # in an earlier start: it stays so
     finished = done
     with run.progress("ppo", cfg.iterations, done) as advance, run.count_compilations() as compiled:
@@ -215,7 +216,7 @@ def make_validation(
 
 
 def compile_iteration(
-    config: Config, model: gpt2.GPT2, tx: Any, ready: Prepared, scorer: evaluate.Scorer, mesh: Mesh
+    config: Config, model: gpt2.GPT2, tx: Any, state: ppo.PPOState, ready: Prepared, scorer: evaluate.Scorer, mesh: Mesh
 ) -> Callable[[ppo.PPOState, int], tuple[ppo.PPOState, Any]]:
     """-> a function (state, iterations done) -> (state, metrics on device): one program, or two around a host reward."""
     cfg = config.ppo
@@ -226,28 +227,28 @@ def compile_iteration(
 
     roll: dict[str, Any] = {"model": model, "score_fn": score_fn, "sampling": config.sampling, "cfg": cfg}
     learn: dict[str, Any] = {"model": model, "tx": tx, "combine_fn": combine_fn, "cfg": cfg}
-    whole_program = jax.jit(functools.partial(ppo.ppo_iteration, **(roll | learn)), donate_argnums=0)
+    once: dict[str, Any] = {"donate_argnums": 0, "out_shardings": (sharding.shardings(mesh, state), None)}
+    whole_program = jax.jit(functools.partial(ppo.ppo_iteration, **(roll | learn)), **once)
     rollout_program = jax.jit(functools.partial(ppo.rollout, **roll))
-    learn_program = jax.jit(
-        functools.partial(ppo.learn, **learn, temperature=config.sampling.temperature), donate_argnums=0
-    )
-    fixed = sharding.replicate(mesh, scorer.fixed)
+    learn_program = jax.jit(functools.partial(ppo.learn, **learn, temperature=config.sampling.temperature), **once)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     asked = cfg.batch_size // cfg.replies_per_prompt
 
     def iterate(state: ppo.PPOState, done: int) -> tuple[ppo.PPOState, Any]:
         indices = batching.rollout_indices(len(ready.exchanges), asked, config.seed, done)
+        rows = indices[sharding.my_rows(mesh, asked)]
         prompt, references = sharding.split_batch(
-            mesh, jax.tree.map(lambda x: x[indices], (ready.prompts, ready.references))
+            mesh, jax.tree.map(lambda x: x[rows], (ready.prompts, ready.references))
         )
         if not scorer.host:
-            return whole_program(state, prompt, references, fixed, key)
-        reply, batch, raw = rollout_program(state, prompt, references, fixed, key)
-        tokens, mask = jax.device_get((reply.tokens, reply.mask))
+            return whole_program(state, prompt, references, scorer.fixed, key)
+        reply, batch, raw = rollout_program(state, prompt, references, scorer.fixed, key)
+        tokens, mask = sharding.fetch((reply.tokens, reply.mask))
         ids = [row[counts].tolist() for row, counts in zip(tokens, mask, strict=True)]
         answered = [ready.exchanges[i] for i in indices for _ in range(cfg.replies_per_prompt)]
+        batch, raw = sharding.fetch((batch, raw))
         raw = scoring.host_terms(scorer.host, batch, raw, scorer.tokenizer, ids, answered)
-        return learn_program(state, prompt, reply, sharding.split_batch(mesh, raw), key)
+        return learn_program(state, prompt, reply, sharding.replicate(mesh, raw), key)
 
     return iterate
 
@@ -256,8 +257,9 @@ def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, toke
     """folder/model, which torch's GPT2LMHeadModel loads, the value head beside it, and a separate critic in folder/critic."""
     weights.save_pretrained(folder / "model", gpt2_config, state.params["policy"], tokenizer)
     critic = state.params["value"]
-    head = {k: np.asarray(v) for k, v in files.flatten(jax.device_get(critic["head"])).items()}
-    save_file(head, folder / "model" / "value_head.safetensors")
+    head = {k: np.asarray(v) for k, v in files.flatten(sharding.fetch(critic["head"])).items()}
+    if jax.process_index() == 0:
+        save_file(head, folder / "model" / "value_head.safetensors")
     if "trunk" in critic:
         weights.save_pretrained(folder / "critic", gpt2_config, critic["trunk"], tokenizer)
 

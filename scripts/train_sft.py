@@ -69,8 +69,8 @@ def main(config: Config) -> None:
     console.print(f"sft: best model in {folder / 'sft' / 'model'}")
 
 
-def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int], Batch], int]:
-    """-> (batch of each step, steps per epoch); batches hold exchanges of like lengths."""
+def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int, np.ndarray], Batch], int]:
+    """-> (the rows `mine` of the batch of each step, steps per epoch); batches hold exchanges of like lengths."""
     lengths = [len(e.prompt) + len(e.reply) for e in examples]
     per_epoch = math.ceil(len(lengths) / config.sft.batch_size)
 
@@ -78,16 +78,16 @@ def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callabl
     def plan(epoch: int):
         return batching.epoch_batches(lengths, config.sft.batch_size, config.sft.pad_to, config.seed, epoch)
 
-    def batch_of(step: int) -> Batch:
+    def batch_of(step: int, mine: np.ndarray) -> Batch:
         indices, length = plan(step // per_epoch)[step % per_epoch]
-        return batching.supervised([examples[i] for i in indices], config.sft.batch_size, length)
+        return batching.supervised([examples[i] for i in indices[mine[mine < len(indices)]]], len(mine), length)
 
     return batch_of, per_epoch
 
 
 def whole_conversations(
     config: Config, row_tokens: int, conversations: list[list[Example]]
-) -> tuple[Callable[[int], Batch], int]:
+) -> tuple[Callable[[int, np.ndarray], Batch], int]:
     """The same with a context that exchanges share read once. The rows are packed once, and shuffled for each epoch."""
     rows = packing.pack([t for c in conversations for t in packing.trees(c, row_tokens)], row_tokens, config.seed)
     size, per_epoch = config.sft.batch_size, math.ceil(len(rows) / config.sft.batch_size)
@@ -98,10 +98,10 @@ def whole_conversations(
         f"instead of the {alone:,} of single exchanges"
     )
 
-    def batch_of(step: int) -> Batch:
+    def batch_of(step: int, mine: np.ndarray) -> Batch:
         order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(rows))
-        start = step % per_epoch * size
-        return packing.packed([rows[i] for i in order[start : start + size]], size, row_tokens)
+        places = step % per_epoch * size + mine
+        return packing.packed([rows[i] for i in order[places[places < len(rows)]]], len(mine), row_tokens)
 
     return batch_of, per_epoch
 
@@ -121,7 +121,8 @@ def make_base(
         texts = [prompts.plain_text(d.turns) for corpus in corpora or [dialogues] for d in corpus["train"]]
         tokenizer = prompts.train_tokenizer(texts, config.tokenizer.vocab_size)
     prompts.add_special_tokens(tokenizer)
-    tokenizer.save_pretrained(saved)
+    if jax.process_index() == 0:
+        tokenizer.save_pretrained(saved)
 
     if config.model.name is not None:
         gpt2_config, params = weights.load_pretrained(config.model.name)
@@ -171,10 +172,9 @@ def pretrain(
     )
     per_epoch = len(train) // training.batch_size
 
-    def batch_of(step: int) -> Batch:
+    def batch_of(step: int, mine: np.ndarray) -> Batch:
         order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(train))
-        start = step % per_epoch * training.batch_size
-        return batching.unsupervised(train[order[start : start + training.batch_size]])
+        return batching.unsupervised(train[order[step % per_epoch * training.batch_size + mine]])
 
     parts = [
         held_out[k : k + training.batch_size]
@@ -191,7 +191,7 @@ def fit(
     training: TrainingConfig,
     gpt2_config: gpt2.GPT2Config,
     params: Any,
-    batch_of: Callable[[int], Batch],
+    batch_of: Callable[[int, np.ndarray], Batch],
     per_epoch: int,
     validation: list[Batch],
     mesh: Mesh,
@@ -201,9 +201,11 @@ def fit(
     """The loop of both stages: step, log, validate, save -> the parameters with the lowest validation loss."""
     began = time.monotonic()
     steps = max(round(training.epochs * per_epoch), 1)
-    model = gpt2.GPT2(dataclasses.replace(gpt2_config, batch_shards=mesh.shape["data"]))
+    sharding.check_model(mesh, gpt2_config.split_sizes)
+    model = gpt2.GPT2(dataclasses.replace(gpt2_config, mesh=mesh))
     tx = sft.optimizer(training, steps)
-    state = sharding.replicate(mesh, sft.init_state(params, tx))
+    state = sharding.make_state(mesh, functools.partial(sft.init_state, tx=tx), sharding.place(mesh, params))
+    mine = sharding.my_rows(mesh, training.batch_size)
     belongs_to = {"stage": stage, **{k: v for k, v in dataclasses.asdict(config).items() if k in sections}}
     manager = checkpoint.manager(folder / stage / "checkpoints", best="validation_loss", mode="min")
     restored = checkpoint.restore(manager, state, belongs_to)
@@ -212,19 +214,24 @@ def fit(
     if restored:
         console.print(f"{stage}: going on from step {done} of {steps}")
 
-    step_program = jax.jit(functools.partial(sft.sft_step, model=model, tx=tx, cfg=training), donate_argnums=0)
+    step_program = jax.jit(
+        functools.partial(sft.sft_step, model=model, tx=tx, cfg=training),
+        donate_argnums=0,
+        out_shardings=(sharding.shardings(mesh, state), None),
+    )
     loss_program = jax.jit(functools.partial(sft.sft_loss, key=None, model=model))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     def validate(params: Any) -> float:
         sums = [
-            loss_program(params, sharding.split_batch(mesh, batch)) for batch in validation[:BATCHES_PER_VALIDATION]
+            loss_program(params, sharding.split_batch(mesh, jax.tree.map(lambda x: x[mine], batch)))
+            for batch in validation[:BATCHES_PER_VALIDATION]
         ]
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
     with run.progress(stage, steps, done) as advance:
         for step in range(done, steps):
-            state, metrics = step_program(state, sharding.split_batch(mesh, batch_of(step)), key)
+            state, metrics = step_program(state, sharding.split_batch(mesh, batch_of(step, mine)), key)
             finished = step + 1
             if finished % training.log_every == 0 or finished in (1, steps) or finished % training.eval_every == 0:
                 metrics = {"epoch": finished / per_epoch, **jax.device_get(metrics)}

@@ -1,5 +1,6 @@
 """Log-probs and losses walked in chunks: what torch gives for all logits at once, without ever holding them."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from therapy_jax import gpt2, head
+from therapy_jax import gpt2, head, sharding
+from therapy_jax.config import MeshConfig
 
 CONFIG = gpt2.GPT2Config(vocab_size=300, n_embd=16, n_head=2, n_layer=1)  # padded to 384
 B, T, D = 4, 23, 16
@@ -45,7 +47,7 @@ def torchs(wte, hidden, tokens, counted, weight, temperature):
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_loss_logprobs_and_gradients_are_torchs(chunk, shards, share, monkeypatch):
     monkeypatch.setattr(head, "CHUNK", chunk)
-    config = gpt2.GPT2Config(**{**CONFIG.__dict__, "batch_shards": shards})
+    config = dataclasses.replace(CONFIG, mesh=sharding.make_mesh(MeshConfig(data=shards)))
     wte, hidden, tokens, counted, weight = make(share=share)
     hidden[~counted] = 50.0  # what stands where nothing counts must not matter
     spec = head.Spec(config, squared, temperature=0.7)

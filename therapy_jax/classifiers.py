@@ -38,6 +38,7 @@ from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConf
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
 from therapy_jax.files import flatten, write_json
 from therapy_jax.gpt2 import Params
+from therapy_jax.sharding import agreed, fetch, wait_for_all
 
 Array = jax.Array
 
@@ -169,7 +170,7 @@ def _in_batches(
             filled = [*part, *[part[0]] * (size - len(part))]
             tokens, mask = batching.pad([rows[i] for i in filled], length, "right")
             found = program(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model)
-            out[part] = np.asarray(found)[: len(part)]
+            out[part] = fetch(found)[: len(part)]
     return out
 
 
@@ -371,7 +372,7 @@ def examples(
 def belongs_to(config: Config, params: Params) -> dict[str, Any]:
     """What classifiers hold for: the trunk (sha256 of its parameters), its sizes, and the settings of their training."""
     digest = hashlib.sha256()
-    for name, x in sorted(flatten(params).items()):
+    for name, x in sorted(flatten(fetch(params)).items()):
         digest.update(f"{name}{x.shape}".encode() + np.asarray(x, np.float32).tobytes())
     settings = {f"classifiers.{k}": v for k, v in dataclasses.asdict(config.classifiers).items()}
     n_embd = int(params["wte"].shape[1])
@@ -421,12 +422,14 @@ def load_or_train(
 ) -> Classifiers:  # fmt: skip
     """The classifiers of a run folder, with at least the heads of these names; whoever asks first trains and saves them."""
     where, belongs = folder / "classifiers", belongs_to(config, params)
-    if (where / "report.json").is_file():
+    if agreed((where / "report.json").is_file()):
         found = load(where, belongs, config.classifiers)
         if set(names) <= set(found.report["heads"]):
             return found
     found = train(data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config, names=names)
-    save(where, found, belongs)
+    if jax.process_index() == 0:
+        save(where, found, belongs)
+    wait_for_all("classifiers")
     return found
 
 

@@ -398,8 +398,30 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1: what the others leave. And how processes find together."""
+
     data: int = -1
-    """Devices that a batch is split over; -1 = all there are."""
+    """Parts of a batch; each has a copy of the parameters."""
+    fsdp: int = 1
+    """Parts of a batch that share the parameters, each storing its part of them."""
+    tensor: int = 1
+    """Parts of every layer: heads, inner units, vocabulary."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; `auto` = ask the cluster (TPU pods, Slurm); null = this process is alone."""
+    processes: int | None = None
+    """How many there are; null with `auto`."""
+    process: int | None = None
+    """Which one this is, from 0; null with `auto`."""
+    timeout: int = 120
+    """Seconds after which a process that has not come, or has gone silent, is given up, and the others with it."""
+
+    def __post_init__(self):
+        alone = self.coordinator in (None, "auto")
+        require(
+            alone or (self.processes is not None and self.process is not None),
+            f"mesh.coordinator {self.coordinator} needs mesh.processes and mesh.process",
+        )
+        require(self.timeout > 0, f"mesh.timeout must be above 0, not {self.timeout}")
 
 
 @dataclass(frozen=True)

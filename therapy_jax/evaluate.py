@@ -86,12 +86,13 @@ def answer(
     mesh: Mesh,
 ) -> list[list[int]]:
     """Prompts (ids) -> generated ids each, EOS included where it came. Row i draws from fold_in(key, i), whatever its batch."""
-    program = jax.jit(generate, static_argnames=("model", "cfg"))
+    program = jax.jit(generate_rows, static_argnames=("model", "cfg"))
     replies: list[list[int]] = [[] for _ in rows]
     for indices, length in chunks(rows, batch_size, cfg.max_new_tokens, model.config.n_positions):
-        prompt = sharding.split_batch(mesh, batching.prompts([rows[i] for i in indices], length))
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(indices))
-        reply = jax.device_get(program(params, prompt, sharding.split_batch(mesh, keys), model=model, cfg=cfg))
+        mine = np.asarray(indices)[sharding.my_rows(mesh, batch_size)]
+        prompt = batching.prompts([rows[i] for i in mine], length)
+        split = sharding.split_batch(mesh, (prompt, mine))
+        reply = sharding.fetch(program(params, *split, key, model=model, cfg=cfg))
         for i, tokens, mask in zip(indices, reply.tokens, reply.mask, strict=True):
             replies[i] = tokens[mask].tolist()
     return replies
@@ -112,6 +113,14 @@ def read_emotions(
 # jit keeps its programs by function: these stand here by name, so that a second evaluation does not compile again.
 
 
+def generate_rows(
+    params: Params, prompt: batching.Prompt, rows: jax.Array, key: jax.Array, *, model: gpt2.GPT2, cfg: SamplingConfig
+) -> Reply:
+    """`generate`, where the place of a prompt in its batch is not its number: rows i32[B]."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
+    return generate(params, prompt, keys, model=model, cfg=cfg)
+
+
 def losses_by_row(params: Any, batch: batching.Batch, *, model: gpt2.GPT2) -> tuple[jax.Array, jax.Array]:
     """sft_loss of each row by itself -> (losses f32[B], tokens f32[B])."""
     _, logprobs, counted = sft_logprobs(params, batch, None, model=model)
@@ -127,10 +136,10 @@ def losses_of(
     rows = [e.prompt + e.reply for e in examples]
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
     for indices, length in chunks(rows, batch_size, 0, model.config.n_positions):
-        batch = batching.supervised([examples[i] for i in indices], batch_size, length)
-        losses[indices], counts[indices] = jax.device_get(
-            program(params, sharding.split_batch(mesh, batch), model=model)
-        )
+        mine = [indices[i] for i in sharding.my_rows(mesh, batch_size)]
+        batch = batching.supervised([examples[i] for i in mine], len(mine), length)
+        found = program(params, sharding.split_batch(mesh, batch), model=model)
+        losses[indices], counts[indices] = sharding.fetch(found)
     return losses, counts
 
 
@@ -140,14 +149,15 @@ def reward_terms(
     """The same terms that PPO was trained on, for any replies (ids) -> (weighted total [N], {term: [N]}). All replies are one
     batch, since `sameness` compares them with one another; terms enter as they are, never standardised by a run's statistics."""
     tokens, mask = batching.pad(replies, batching.round_up(max(map(len, replies)) or 1, PAD_TO), "right")
-    reply = Reply(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(tokens.shape))
+    reply = Reply(tokens, mask, np.zeros(tokens.shape, np.float32))  # pyright: ignore[reportArgumentType]
     program = jax.jit(scoring.score, static_argnames=("model", "device_custom"))
     batch, raw = program(
         scorer.trunk, reply, refs, scorer.fixed, model=scorer.model, device_custom=scorer.device_custom
     )
     if scorer.host:
+        batch, raw = sharding.fetch((batch, raw))
         raw = scoring.host_terms(scorer.host, batch, raw, scorer.tokenizer, replies, exchanges)
-    terms = jax.device_get(raw)
+    terms = sharding.fetch(raw)
     parts = [scorer.weights.get(name, 1.0) * values for name, values in terms.items()]
     return np.sum(parts, axis=0), terms
 

@@ -22,6 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+
+from therapy_jax.sharding import constrain, gathered
 
 Params = Any  # a nested dict of arrays
 Array = jax.Array
@@ -48,7 +51,7 @@ class GPT2Config:
     eos_token_id: int = 50256
     dropout: float = 0.0  # one rate for embeddings, attention and residuals; off unless a key is given
     compute_dtype: str = "float32"  # of the matrix products; parameters, softmax and losses are float32
-    batch_shards: int = 1  # devices that a batch is split over: head.py walks their parts of it side by side
+    mesh: Mesh | None = None  # of the devices that arrays are split over (sharding.py); None = one device
 
     @property
     def inner(self) -> int:
@@ -58,6 +61,12 @@ class GPT2Config:
     def padded_vocab_size(self) -> int:
         """Rows of wte: a multiple of 128, for TPU lanes and even sharding. The spare rows never get probability."""
         return math.ceil(self.vocab_size / 128) * 128
+
+    @property
+    def split_sizes(self) -> dict[str, tuple[str, int]]:
+        """What a mesh splits: size by name, and along which axis."""
+        across = {"n_head": self.n_head, "n_inner": self.inner, "the padded vocabulary": self.padded_vocab_size}
+        return {"n_embd": ("fsdp", self.n_embd)} | {name: ("tensor", size) for name, size in across.items()}
 
 
 class KVCache(NamedTuple):
@@ -82,7 +91,8 @@ class Layout(NamedTuple):
 def init_cache(config: GPT2Config, batch: int, slots: int) -> KVCache:
     shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
     dtype = jnp.dtype(config.compute_dtype)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
+    k, v = constrain((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), "cache", config.mesh)
+    return KVCache(k, v, jnp.zeros((batch, slots), bool), jnp.int32(0))
 
 
 def layer_norm(x: Array, params: Params, epsilon: float) -> Array:
@@ -195,7 +205,9 @@ class GPT2(nn.Module):
         positions = jnp.clip(positions, 0, c.n_positions - 1)
         noisy = self.has_rng("dropout") and c.dropout > 0
         embedding_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
-        x_BTD = dropout(self.wte[tokens] + self.wpe[positions], c.dropout, embedding_key)
+        own = gathered({"wte": self.wte, "wpe": self.wpe}, c.mesh)
+        x_BTD = dropout(own["wte"][tokens] + own["wpe"][positions], c.dropout, embedding_key)
+        x_BTD = constrain(x_BTD, "rows", c.mesh)
 
         length = tokens.shape[1]
         start = jnp.int32(0) if cache is None else cache.index
@@ -205,7 +217,7 @@ class GPT2(nn.Module):
 
         def step(carry, layer):
             x_BTD, kv = carry
-            p, i = layer
+            p, i = gathered(layer[0], c.mesh, stacked=True), layer[1]
             block_key, attention_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
 
             def attend(q_BHTK, k_BHTK, v_BHTK):
@@ -218,7 +230,7 @@ class GPT2(nn.Module):
                     k_BHTK, v_BHTK = kv[0][i], kv[1][i]
                 return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
 
-            x_BTD = block(c, p, x_BTD, attend, block_key)
+            x_BTD = constrain(block(c, p, x_BTD, attend, block_key), "rows", c.mesh)
             return (x_BTD, kv), None
 
         kv = None if cache is None else (cache.k, cache.v)

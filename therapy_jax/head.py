@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from therapy_jax import gpt2
 from therapy_jax.gpt2 import Array
+from therapy_jax.sharding import constrain, gathered, row_shards
 
 CHUNK = 512  # tokens whose logits exist at a time: enough for a matrix product to run at full speed
 
@@ -71,11 +72,14 @@ def walk(
 ):
     """-> (loss f32[], logprobs, entropy), and gradients of the loss for (wte, hidden) where they are wanted."""
     # Each device walks its own part; a batch that does not divide is walked as one, which gives the same, only not side by side.
-    parts = spec.config.batch_shards if tokens.shape[0] % spec.config.batch_shards == 0 else 1
+    mesh, shards = spec.config.mesh, row_shards(spec.config.mesh)
+    parts = shards if tokens.shape[0] % shards == 0 else 1
     rows = tokens.size // parts
 
+    wte = gathered({"wte": wte}, mesh)["wte"]
+
     def split(x):
-        return x.reshape(parts, rows, *x.shape[tokens.ndim :])
+        return constrain(x.reshape(parts, rows, *x.shape[tokens.ndim :]), "rows", mesh)
 
     hidden_GND, counted_GN = split(hidden), split(counted)
     values = jax.tree.map(split, (tokens, *extra))
@@ -114,7 +118,8 @@ def walk(
 
     zeros = jnp.zeros((parts, rows), jnp.float32)
     grads = (jnp.zeros((parts, *wte.shape), wte.dtype), jnp.zeros_like(hidden_GND)) if with_grads else None
-    start = (jnp.zeros(parts, jnp.float32), (zeros, zeros), grads)
+    grads = (constrain(grads[0], "grads_GVD", mesh), constrain(grads[1], "rows", mesh)) if grads else None
+    start = (*constrain((jnp.zeros(parts, jnp.float32), (zeros, zeros)), "rows", mesh), grads)
     used = -(-count.max() // size)
     loss, out, grads = jax.lax.fori_loop(0, used, step, start)
     sums = loss.sum(), *(x.reshape(tokens.shape) for x in out)

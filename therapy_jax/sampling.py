@@ -21,6 +21,7 @@ from therapy_jax.batching import Prompt
 from therapy_jax.config import SamplingConfig
 from therapy_jax.gpt2 import Array, Params, hidden
 from therapy_jax.head import Spec, head_loss, pick, temper
+from therapy_jax.sharding import constrain
 
 BLOCK = 64  # of the vocabulary, whose padded size is a multiple of 128
 
@@ -130,8 +131,10 @@ def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt
     cache = gpt2.init_cache(model.config, batch, length + room)
     hidden_NPD, cache = hidden(params, prompt.tokens, prompt.mask, cache, model=model)
     assert cache is not None
-    k, v, mask = (jnp.repeat(x, times, axis) for x, axis in ((cache.k, 1), (cache.v, 1), (cache.mask, 0)))
-    return jnp.repeat(hidden_NPD[:, -1], times, 0), gpt2.KVCache(k, v, mask, cache.index)
+    mesh = model.config.mesh
+    k, v = (constrain(jnp.repeat(x, times, 1), "cache", mesh) for x in (cache.k, cache.v))
+    mask, end_BD = (constrain(jnp.repeat(x, times, 0), "rows", mesh) for x in (cache.mask, hidden_NPD[:, -1]))
+    return end_BD, gpt2.KVCache(k, v, mask, cache.index)
 
 
 def generate(
@@ -175,6 +178,7 @@ def generate(
     empty = Reply(
         jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
     )
+    empty = constrain(empty, "rows", config.mesh)
     start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), gpt2.head(config, params["wte"], hidden_BD, few=True))
     return jax.lax.while_loop(unfinished, decode, start)[1]
 

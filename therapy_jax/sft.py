@@ -101,7 +101,8 @@ def sft_step(
     dropout, exactly but for rounding). Metrics: loss (nats per supervised token), tokens, grad_norm (before clipping).
     """
     key = jax.random.fold_in(key, state.step)
-    parts = jax.tree.map(lambda x: x.reshape(cfg.accumulate, -1, *x.shape[1:]), batch)
+    # Part i is every accumulate-th row from i on: so each device has its share of every part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, cfg.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     value_and_grad = jax.value_and_grad(sft_loss, has_aux=True)
 
     def add_part(carry, part):

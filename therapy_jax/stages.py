@@ -7,9 +7,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from therapy_jax import classifiers, evaluate, gpt2, prompts, run, sharding, weights
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError
@@ -28,8 +25,9 @@ def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]
             f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first"
         )
     gpt2_config, params = weights.load_pretrained(path)
-    shards = sharding.make_mesh(config.mesh).shape["data"]
-    gpt2_config = dataclasses.replace(gpt2_config, compute_dtype=run.compute_dtype(config), batch_shards=shards)
+    mesh = sharding.make_mesh(config.mesh)
+    gpt2_config = dataclasses.replace(gpt2_config, compute_dtype=run.compute_dtype(config), mesh=mesh)
+    sharding.check_model(mesh, gpt2_config.split_sizes)
     return gpt2_config, params, prompts.load_tokenizer(path)
 
 
@@ -39,10 +37,11 @@ def make_scorer(
     """What gives replies their reward terms (evaluate.Scorer): the SFT model as trunk, the classifiers of the run folder
     (trained now where there are none yet), and the rewards that the config names."""
     device_custom, host = scoring.load(config.rewards)
-    trunk = jax.tree.map(jnp.asarray, params)  # once on the device, and not again at each reading
+    mesh = sharding.make_mesh(config.mesh)
+    trunk = sharding.place(mesh, params)  # once on the devices, and not again at each reading
     names = classifiers.REWARDING
     frozen = classifiers.load_or_train(folder, config, data, gpt2_config, trunk, tokenizer, names).frozen
-    fixed = Fixed(make_vocabulary(tokenizer, gpt2_config.padded_vocab_size), frozen)
+    fixed = sharding.replicate(mesh, Fixed(make_vocabulary(tokenizer, gpt2_config.padded_vocab_size), frozen))
     wanted = combine.weights_of(config.rewards)
     return evaluate.Scorer(trunk, gpt2.GPT2(gpt2_config), tokenizer, fixed, wanted, device_custom, host)
 
@@ -61,4 +60,5 @@ def load_language_model(config: Config) -> evaluate.LanguageModel | None:
             f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's"
         )
     gpt2_config, params, tokenizer = load_model(folder, "sft", config)
+    params = sharding.place(sharding.make_mesh(config.mesh), params)
     return evaluate.LanguageModel(params, gpt2.GPT2(gpt2_config), tokenizer, theirs.prompt)

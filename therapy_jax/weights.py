@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from therapy_jax.gpt2 import ACTIVATIONS, GPT2Config, Params
+from therapy_jax.sharding import fetch
 
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks that old checkpoints carry
 
@@ -45,7 +46,7 @@ NAMES = {
     ("blocks", "mlp_proj", "bias"): "mlp.c_proj.bias",
 }
 
-NOT_SAVED = {"dropout", "compute_dtype", "batch_shards"}  # how a model is trained and computed, not what it is
+NOT_SAVED = {"dropout", "compute_dtype", "mesh"}  # how a model is trained and computed, not what it is
 
 
 class WeightsError(ValueError):
@@ -192,10 +193,13 @@ def load_pretrained(folder_or_hub_id: str | os.PathLike) -> tuple[GPT2Config, Pa
 
 def save_pretrained(folder: str | os.PathLike, config: GPT2Config, params: Params, tokenizer=None) -> None:
     """Write a folder that torch's GPT2LMHeadModel.from_pretrained (and load_pretrained) reads: safetensors + config.json,
-    and the tokenizer's files where one is given. The weights come last and by rename: a folder with weights is whole."""
+    and the tokenizer's files where one is given. The weights come last and by rename: a folder with weights is whole. Where
+    there are several processes all of them call this, and process 0 writes."""
     folder = Path(folder)
+    params = fetch(params)
+    if jax.process_index() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    params = jax.device_get(params)
     tensors: dict[str, np.ndarray] = {}
     for path, name in NAMES.items():
         leaf = params
@@ -208,7 +212,7 @@ def save_pretrained(folder: str | os.PathLike, config: GPT2Config, params: Param
         else:
             leaf = leaf[: config.vocab_size] if name == "wte.weight" else leaf
             tensors[f"transformer.{name}"] = np.ascontiguousarray(leaf)
-    saved = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SAVED}
+    saved = {k: v for k, v in dataclasses.asdict(dataclasses.replace(config, mesh=None)).items() if k not in NOT_SAVED}
     saved |= {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
