@@ -284,11 +284,11 @@ def measure_startup(settings: Settings) -> dict[str, Any]:
 
     def seconds_to_first_iteration(cache: str) -> float:
         shutil.rmtree(run_dir / "ppo", ignore_errors=True)
-        run.forget_after(log, "ppo", -1)
+        run.take_up(run_dir, "ppo", -1)
         began = time.perf_counter()
         process = launch("train_ppo", cache)
         try:
-            while not run.logged(run_dir, "ppo", 1):
+            while not any((line["stage"], line["step"]) == ("ppo", 1) for line in run.read_log(log)):
                 if process.poll() is not None:
                     raise BenchmarkError(
                         f"train_ppo.py ended with code {process.returncode} before its first iteration"

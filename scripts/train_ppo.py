@@ -29,6 +29,7 @@ from therapy_jax import (
     run,
     sharding,
     stages,
+    stopping,
     weights,
 )
 from therapy_jax.batching import Prompt
@@ -81,58 +82,83 @@ def main(config: Config) -> None:
         f"validation/{cfg.keep_best.removeprefix('-')}",
         "min" if cfg.keep_best.startswith("-") else "max",
     )
-    manager = checkpoint.manager(folder / "ppo" / "checkpoints", best=best_metric, mode=mode)
-    restored = checkpoint.restore(manager, state, belongs_to)
-    state, done = restored or (state, 0)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        run.forget_after(folder / name, "ppo", done if restored else -1)
-    if restored:
-        console.print(f"ppo: going on from iteration {done} of {cfg.iterations}")
-        at_start = run.logged(folder, "ppo", 0)
-    else:  # the SFT policy is the first candidate: PPO that makes things worse leaves it as it was
-        at_start = evaluate_policy(state.params["policy"], 0)
-        if best_metric not in at_start:
-            names = ", ".join(sorted(name.removeprefix("validation/") for name in at_start))
-            raise ConfigError(f"ppo.keep_best: there is no validation metric {cfg.keep_best}; there are {names}")
-        run.log(folder, "ppo", 0, at_start, began)
-        checkpoint.save(manager, 0, state, belongs_to, at_start | {"kl_k3": 0.0})
+    scores: dict[int, float] = {}  # of best_metric, which say what checkpoint.manager keeps beside the newest
+    manager = checkpoint.manager(folder / "ppo" / "checkpoints", mode, scores)
+    restored = checkpoint.restore(manager, state, belongs_to, say=run.warn)
+    state, done, unlogged = restored or (state, 0, None)
+    lines = run.take_up(folder, "ppo", done if restored else -1)
+    run.take_up(folder, "ppo", done if done in lines else done - 1, "samples.jsonl")
+    scores |= {step: line[best_metric] for step, line in lines.items() if best_metric in line}
 
     def beyond(kl: float) -> bool:
         return cfg.max_kl is not None and kl > cfg.max_kl
 
+    def is_evaluated(iteration: int, line: dict[str, Any]) -> bool:
+        return iteration % cfg.eval_every == 0 or iteration == cfg.iterations or beyond(line.get("kl_k3", 0.0))
+
+    def complete(iteration: int, line: dict[str, Any]) -> None:
+        """Evaluate the state that is saved as `iteration`, where it is due, and write the log line."""
+        if is_evaluated(iteration, line):
+            with stopping.at_once():
+                found = evaluate_policy(state.params["policy"], iteration)
+            if best_metric not in found:
+                names = ", ".join(sorted(name.removeprefix("validation/") for name in found))
+                raise ConfigError(f"ppo.keep_best: there is no validation metric {cfg.keep_best}; there are {names}")
+            line |= {name: run.plain(value) for name, value in found.items()}
+            scores[iteration] = line[best_metric]
+            if 0 in lines and (alarm := evaluate.alarm(lines[0], line)):
+                console.print(f"[bold yellow]alarm[/] at iteration {iteration}: {alarm}")
+                line["alarm"] = alarm
+        lines[iteration] = line
+        run.log(folder, "ppo", iteration, line, began)
+
+    if restored:
+        console.print(f"ppo: going on from iteration {done} of {cfg.iterations}")
+    else:  # the SFT policy is the first candidate: PPO that makes things worse leaves it as it was
+        complete(0, {})
+        checkpoint.save(manager, 0, state, belongs_to, {})
+
     iterate = compile_iteration(config, model, tx, state, ready, scorer, mesh)
-    stopped = beyond(checkpoint.metric_of(manager, done, "kl_k3"))  # in an earlier start: it stays so
     finished = done
-    with run.progress("ppo", cfg.iterations, done) as advance, run.count_compilations() as compiled:
+    with (
+        run.progress("ppo", cfg.iterations, done) as advance,
+        stopping.deferred(),
+        run.count_compilations() as compiled,
+    ):
+        if unlogged is not None and done not in lines:
+            complete(done, unlogged)
+        stopped = beyond((unlogged or {}).get("kl_k3", 0.0))  # in an earlier start: it stays so
         while finished < cfg.iterations and not stopped:
             before = compiled()
             state, on_device = iterate(state, finished)
             if finished > done and compiled() > before:
                 console.print(f"[yellow]iteration {finished + 1} compiled a program anew: slow, and a fault of ours")
-            logged: dict[str, Any] = jax.device_get(on_device)
-            run.check_finite(logged)
+            line = {name: run.plain(value) for name, value in jax.device_get(on_device).items()}
+            run.check_finite(line)
             finished += 1
-            stopped = beyond(logged["kl_k3"])
-            if finished % cfg.eval_every == 0 or finished == cfg.iterations or stopped:
-                found = evaluate_policy(state.params["policy"], finished)
-                logged |= found
-                if alarm := evaluate.alarm(at_start, found):
-                    console.print(f"[bold yellow]alarm[/] at iteration {finished}: {alarm}")
-                    logged["alarm"] = alarm
-                checkpoint.save(manager, finished, state, belongs_to, found | {"kl_k3": float(logged["kl_k3"])})
-            run.log(folder, "ppo", finished, logged, began)
-            advance(finished, **{k: float(logged[k]) for k in ("score", "kl", "reply_tokens")})
+            stopped = beyond(line["kl_k3"])
+            stop = stopping.wanted()
+            if is_evaluated(finished, line) or stop:
+                run.copy_logs(folder)
+                checkpoint.save(manager, finished, state, belongs_to, line)
+            complete(finished, line)
+            advance(finished, **{k: line[k] for k in ("score", "kl", "reply_tokens")})
+            if stop:
+                run.copy_logs(folder)
+                raise stopping.Stopped(f"ppo: stopped by {stop} at iteration {finished} of {cfg.iterations}, saved")
+    run.copy_logs(folder)
     if stopped:
         console.print(f"ppo: stopped at iteration {finished}: the KL per reply is above ppo.max_kl ({cfg.max_kl} nats)")
 
-    best = manager.best_step()
-    assert best is not None
-    if best != manager.latest_step():
-        state, _ = checkpoint.restore(manager, state, belongs_to, step=best) or (state, 0)
+    best = checkpoint.best(manager.all_steps(), scores, mode)
+    if best != finished:
+        restored = checkpoint.restore(manager, state, belongs_to, checkpoint.ranking(scores, mode), run.warn)
+        assert restored is not None
+        state, best, _ = restored
     export(folder / "ppo", gpt2_config, state, tokenizer)
-    kept = checkpoint.metric_of(manager, best, best_metric)
     console.print(
-        f"ppo: best {best_metric} {kept:.4f} at iteration {best} (SFT: iteration 0); model in {folder / 'ppo'}"
+        f"ppo: best {best_metric} {scores.get(best, float('nan')):.4f} at iteration {best} (SFT: iteration 0); "
+        f"model in {folder / 'ppo'}"
     )
     manager.close()
     if done < finished:

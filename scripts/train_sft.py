@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from therapy_jax import batching, checkpoint, gpt2, packing, prompts, run, sft, sharding, weights
+from therapy_jax import batching, checkpoint, gpt2, packing, prompts, run, sft, sharding, stopping, weights
 from therapy_jax.batching import Batch
 from therapy_jax.config import Config, TrainingConfig
 from therapy_jax.dialogue import Dialogue, exchanges
@@ -207,10 +207,12 @@ def fit(
     state = sharding.make_state(mesh, functools.partial(sft.init_state, tx=tx), sharding.place(mesh, params))
     mine = sharding.my_rows(mesh, training.batch_size)
     belongs_to = {"stage": stage, **{k: v for k, v in dataclasses.asdict(config).items() if k in sections}}
-    manager = checkpoint.manager(folder / stage / "checkpoints", best="validation_loss", mode="min")
-    restored = checkpoint.restore(manager, state, belongs_to)
-    state, done = restored or (state, 0)
-    run.forget_after(folder / "metrics.jsonl", stage, done)
+    scores: dict[int, float] = {}  # validation losses, which say what checkpoint.manager keeps beside the newest
+    manager = checkpoint.manager(folder / stage / "checkpoints", "min", scores)
+    restored = checkpoint.restore(manager, state, belongs_to, say=run.warn)
+    state, done, unlogged = restored or (state, 0, None)
+    lines = run.take_up(folder, stage, done)
+    scores |= {step: line["validation_loss"] for step, line in lines.items() if "validation_loss" in line}
     if restored:
         console.print(f"{stage}: going on from step {done} of {steps}")
 
@@ -229,26 +231,44 @@ def fit(
         ]
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
-    with run.progress(stage, steps, done) as advance:
+    def is_evaluated(step: int) -> bool:
+        return step % training.eval_every == 0 or step == steps
+
+    def complete(step: int, line: dict[str, Any]) -> None:
+        """Evaluate the state that is saved as `step`, where it is due, and write the log line."""
+        if is_evaluated(step):
+            with stopping.at_once():
+                line["validation_loss"] = scores[step] = run.plain(validate(state.params))
+        run.log(folder, stage, step, line, began)
+
+    with run.progress(stage, steps, done) as advance, stopping.deferred():
+        if unlogged is not None and done not in lines:
+            complete(done, unlogged)
         for step in range(done, steps):
             state, metrics = step_program(state, sharding.split_batch(mesh, batch_of(step, mine)), key)
-            finished = step + 1
-            if finished % training.log_every == 0 or finished in (1, steps) or finished % training.eval_every == 0:
-                metrics = {"epoch": finished / per_epoch, **jax.device_get(metrics)}
-                if finished % training.eval_every == 0 or finished == steps:
-                    metrics["validation_loss"] = validate(state.params)
-                    checkpoint.save(
-                        manager, finished, state, belongs_to, {"validation_loss": metrics["validation_loss"]}
-                    )
-                run.log(folder, stage, finished, metrics, began)
+            finished, line = step + 1, None
+            if finished % training.log_every == 0 or finished == 1 or is_evaluated(finished):
+                line = {"epoch": finished / per_epoch, **jax.device_get(metrics)}
+                line = {name: run.plain(value) for name, value in line.items()}
+            stop = stopping.wanted(now=line is not None)
+            if is_evaluated(finished) or stop:
+                run.copy_logs(folder)
+                checkpoint.save(manager, finished, state, belongs_to, line)
+            if line is not None:
+                complete(finished, line)
                 run.release_freed_memory()
-                advance(finished, **{k: float(v) for k, v in metrics.items() if "loss" in k})
+                advance(finished, **{k: v for k, v in line.items() if "loss" in k})
+            if stop:
+                run.copy_logs(folder)
+                raise stopping.Stopped(f"{stage}: stopped by {stop} at step {finished} of {steps}, saved")
+    run.copy_logs(folder)
 
-    best = manager.best_step()
-    assert best is not None
-    if best != manager.latest_step():
-        state, _ = checkpoint.restore(manager, state, belongs_to, step=best) or (state, 0)
-    lowest = checkpoint.metric_of(manager, best, "validation_loss")
+    best = checkpoint.best(manager.all_steps(), scores, "min")
+    if best != steps:
+        restored = checkpoint.restore(manager, state, belongs_to, checkpoint.ranking(scores, "min"), run.warn)
+        assert restored is not None
+        state, best, _ = restored
+    lowest = scores.get(best, math.nan)
     console.print(f"{stage}: validation loss {lowest:.4f} at step {best}, the best; {time.monotonic() - began:.0f} s")
     manager.close()
     if done < steps:

@@ -1,4 +1,7 @@
-"""Two small things that many rooms need: files that are never half written, and nested dicts with dotted names."""
+"""Small things that many rooms need: files that are never half written, and nested dicts with dotted names.
+
+A path is local, or an object store's (gs://...), which `etils.epath` reads and writes in the same words as pathlib.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,32 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from etils import epath
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write by rename, so that a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def is_remote(path: str | os.PathLike) -> bool:
+    """gs://bucket/... and the like: whole objects that are put and fetched, not files that can be appended to or locked."""
+    return "://" in str(path)
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """A pathlib path, or for a remote one epath's, which has the same methods but no links, locks or appending."""
+    return cast(Path, epath.Path(path)) if is_remote(path) else Path(path).expanduser()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write by rename, so that a reader never sees half a file. (An object store's objects come into being whole.)"""
+    path = as_path(path)
+    partial = path if is_remote(path) else path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    if partial != path:
+        os.replace(partial, path)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

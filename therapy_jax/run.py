@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import errno
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -21,7 +23,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,27 +36,43 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import DataError, Dialogue, Exchange, Report, read_dialogues
-from therapy_jax.files import write_json
+from therapy_jax.files import as_path, is_remote, write_json, write_text
 
 console = Console(highlight=False, soft_wrap=True)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+LOGS = ("metrics.jsonl", "samples.jsonl")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
 
 
 def main(script: Callable[[Config], None], description: str) -> None:
-    """Parse the command line, run the script; a user's mistake ends with one sentence and exit code 2, no traceback."""
+    """Parse the command line, run the script. A user's mistake, or a disk that is full, ends with one sentence and exit
+    code 2, no traceback; a signal ends with code 75, and the same command goes on (stopping.py)."""
     config = config_module.parse(description=description)
+    from therapy_jax import stopping
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError
     from therapy_jax.weights import WeightsError
 
+    def fail(message: str) -> None:
+        console.quiet = False  # a process that writes nothing else still says why it ends
+        console.print(f"[bold red]error:[/] {escape(message)}")
+        sys.exit(2)
+
+    stopping.listen(console.print)
     try:
         script(config)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        fail(f"{error.filename or config.run_dir}: {error.strerror}; what is saved stays, and the same command goes on")
+    except stopping.Stopped as stop:
+        console.print(f"{stop}; the same command goes on")
+        sys.exit(stopping.EXIT_CODE)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from the last checkpoint")
-        sys.exit(130)
+        sys.exit(stopping.INTERRUPTED)
 
 
 def escape(text: str) -> str:
@@ -62,18 +82,32 @@ def escape(text: str) -> str:
     return rich_escape(text)
 
 
+def warn(message: str) -> None:
+    console.print(f"[yellow]{escape(message)}")
+
+
 def start(config: Config, stage: str) -> Path:
-    """Make the run folder, write the resolved config, note the surroundings, switch the compilation cache on."""
+    """Make and lock the run folder, write the resolved config, note the surroundings, switch the compilation cache on.
+    Raises ConfigError where the folder cannot be written, or is in use by another run."""
     import jax
 
-    folder = Path(config.run_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_module.to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir {folder} cannot be written ({error.strerror}); choose another with --run_dir"
-        ) from error
+    from therapy_jax import processes, sharding, stopping
+
+    if config.mesh.coordinator is not None:
+        sharding.connect(config.mesh)
+        stopping.take_signals()  # jax.distributed has taken SIGTERM for itself
+    folder = as_path(config.run_dir)
+    console.quiet = not processes.is_writer()
+    if processes.is_writer():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
+            write_text(folder / "config.yaml", config_module.to_yaml(config))
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir {folder} cannot be written ({error.strerror or error}); choose another with --run_dir"
+            ) from error
+    processes.wait_for_all("run folder")
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -85,6 +119,36 @@ def start(config: Config, stage: str) -> Path:
         f"[bold]{stage}[/]: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), run folder {escape(str(folder))}"
     )
     return folder
+
+
+_locks: dict[str, int] = {}  # run folders that this process holds -> file descriptors, until it ends
+
+
+def lock(folder: Path) -> None:
+    """Hold the run folder until this process ends, whatever ends it; a stage that is started within it holds it already.
+    Raises ConfigError naming the process that has it. An object store has no locks."""
+    if is_remote(folder):
+        console.print(f"{escape(str(folder))}: cannot be locked; take care that no other run writes here")
+        return
+    name = str(folder.resolve())
+    if name in _locks:
+        return
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(file, 20).decode(errors="replace").strip()
+        os.close(file)
+        raise ConfigError(
+            f"run_dir {folder} is in use by another run (process {pid or 'unknown'}); wait for it, or choose another run_dir"
+        ) from None
+    except OSError as error:  # a network file system without locks
+        console.print(
+            f"{escape(str(folder))}: cannot be locked ({error.strerror}); take care that no other run writes here"
+        )
+    os.ftruncate(file, 0)
+    os.write(file, f"{os.getpid()}\n".encode())
+    _locks[name] = file
 
 
 def keep_freed_memory() -> None:
@@ -154,6 +218,10 @@ def note_environment(folder: Path, stage: str, seconds: float) -> None:
     """Add to environment.json what a table in a README must name beside its figures."""
     import jax
 
+    from therapy_jax import processes
+
+    if not processes.is_writer():
+        return
     path = folder / "environment.json"
     stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     before = stages.get(stage, {}).get("seconds", 0.0)  # a stage that was stopped and went on counts all its time
@@ -193,26 +261,72 @@ def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started
         "seconds": round(time.monotonic() - started, 2),
         **{k: plain(v) for k, v in metrics.items()},
     }
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def logged(folder: Path, stage: str, step: int) -> dict[str, Any]:
-    """What `log` wrote for a step; empty where there is nothing."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [record for line in lines if (record := json.loads(line))["stage"] == stage and record["step"] == step]
-    return found[-1] if found else {}
+    append(folder / "metrics.jsonl", [line])
 
 
 def log_samples(
     folder: Path, step: int, texts: Sequence[str], emotions: Sequence[str | None], exchanges: Sequence[Exchange]
 ) -> None:
     """Append the replies of one evaluation to samples.jsonl."""
-    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for text, emotion, exchange in zip(texts, emotions, exchanges, strict=True):
-            record = {"stage": "ppo", "step": step, "client": exchange.client.text, "reply": text, "emotion": emotion}
-            file.write(json.dumps({**record, "therapist": exchange.therapist.text}, ensure_ascii=False) + "\n")
+    append(
+        folder / "samples.jsonl",
+        [
+            {"stage": "ppo", "step": step, "client": exchange.client.text, "reply": text, "emotion": emotion,
+             "therapist": exchange.therapist.text}
+            for text, emotion, exchange in zip(texts, emotions, exchanges, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Records -> lines at the end of a log. The other processes write none; a remote log grows in a local copy."""
+    from therapy_jax import processes
+
+    if processes.is_writer():
+        with local_copy(path).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def local_copy(path: Path) -> Path:
+    """Where lines are appended: the log itself, or for a remote one a file of this process."""
+    if not is_remote(path):
+        return path
+    folder = Path(tempfile.gettempdir()) / f"therapy_jax_{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    return folder / urllib.parse.quote(str(path), safe="")
+
+
+def copy_logs(folder: Path) -> None:
+    """Put the local copies of a remote folder's logs where they belong: before each save, and at the end."""
+    for name in LOGS if is_remote(folder) else ():
+        if (source := local_copy(folder / name)).is_file():
+            (folder / name).write_text(source.read_text(encoding="utf-8"))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that a kill has cut is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def take_up(folder: Path, stage: str, step: int, name: str = "metrics.jsonl") -> dict[int, dict[str, Any]]:
+    """Drop this stage's lines beyond `step`, which were written after the checkpoint that a restart goes on from -> those
+    that stay, by step. Every process must call this."""
+    from therapy_jax import processes
+
+    mine: dict[int, dict[str, Any]] = {}
+    if processes.is_writer():
+        found = read_log(folder / name)
+        kept = [record for record in found if record["stage"] != stage or record["step"] <= step]
+        mine = {record["step"]: record for record in kept if record["stage"] == stage}
+        if (folder / name).is_file():
+            write_text(local_copy(folder / name), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    return {int(at): record for at, record in processes.shared(mine).items()}
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:
@@ -229,19 +343,6 @@ def check_finite(metrics: Mapping[str, Any]) -> None:
 def plain(value: Any) -> Any:
     """A scalar array -> a Python number of six digits; anything else as it is."""
     return float(f"{float(value):.6g}") if hasattr(value, "dtype") or isinstance(value, float) else value
-
-
-def forget_after(path: Path, stage: str, step: int) -> None:
-    """Drop this stage's lines beyond `step`: they were written after the checkpoint that a restart goes on from."""
-    if not path.is_file():
-        return
-    lines = [
-        line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-    ]  # not a line cut by a kill
-    kept = [line for line in lines if (record := json.loads(line))["stage"] != stage or record["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager
