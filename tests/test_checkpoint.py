@@ -201,22 +201,3 @@ def test_a_save_that_cannot_be_written_is_one_sentence_and_the_one_before_stays(
     found = checkpoint.restore(opened(tmp_path), {"x": jnp.zeros(1000)}, {})
     assert found is not None and found.step == 1
     np.testing.assert_array_equal(found.state["x"], np.arange(1000.0))
-
-
-def test_meshes_that_cannot_be_are_refused():
-    with pytest.raises(ConfigError, match=r"mesh.data is 64, but 8 device"):
-        sharding.make_mesh(MeshConfig(64))
-    with pytest.raises(
-        ConfigError, match=r"sft.batch_size \(12\) must be a multiple of the 8 devices .* 8 or 16 would do"
-    ):
-        sharding.check_divides(12, sharding.make_mesh(MeshConfig(8)), "sft.batch_size")
-
-
-def test_batches_are_split_and_copies_are_fresh():
-    mesh = sharding.make_mesh(MeshConfig(8))
-    batch = sharding.split_batch(mesh, np.arange(32).reshape(16, 2))
-    assert {s.data.shape for s in batch.addressable_shards} == {(2, 2)}
-    source = jnp.ones(3)
-    copy = sharding.replicate(mesh, source)
-    jax.jit(lambda x: x + 1, donate_argnums=0)(copy)
-    assert not source.is_deleted()
