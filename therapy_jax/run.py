@@ -35,6 +35,7 @@ from therapy_jax.dialogue import DataError, Dialogue, Exchange, Report, read_dia
 from therapy_jax.files import write_json
 
 console = Console(highlight=False, soft_wrap=True)
+DOCTOR = "python scripts/doctor.py says why and what to do"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
 
 
@@ -66,6 +67,7 @@ def start(config: Config, stage: str) -> Path:
     """Make the run folder, write the resolved config, note the surroundings, switch the compilation cache on."""
     import jax
 
+    check_platform(config.require)
     folder = Path(config.run_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,21 @@ def start(config: Config, stage: str) -> Path:
         f"[bold]{stage}[/]: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), run folder {escape(str(folder))}"
     )
     return folder
+
+
+def check_platform(wanted: str | None) -> None:
+    """Raises ConfigError where JAX finds no device at all, or runs on another platform than `wanted`: it falls back to the
+    CPU with no more than a warning, and a run would be lost in slowness. Nothing has been written by then."""
+    import jax
+
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not here
+        raise ConfigError(f"JAX finds no device ({str(error).splitlines()[0]}); {DOCTOR}") from error
+    if wanted is not None and device.platform != wanted:
+        raise ConfigError(
+            f"--require {wanted}, but JAX runs on {device.platform} here ({jax.device_count()} x {device.device_kind}); {DOCTOR}"
+        )
 
 
 def keep_freed_memory() -> None:
