@@ -71,7 +71,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield from packages()
     tpus, gpus = accelerators()
     yield Finding("ok", "accelerators", f"{tpus} TPU and {gpus} GPU device file(s)")
-    yield from tpu_holders(TPU_LOCK)
+    yield from tpu_holders(TPU_LOCK, needed=tpus > 0 or config.require == "tpu")
     yield from gpu_holders()
     yield jax_finding(*ask_jax(), seen="tpu" if tpus else "gpu" if gpus else None, wanted=config.require)
     yield folder("run_dir", config.run_dir)
@@ -106,12 +106,9 @@ def packages(pyproject: Path = ROOT / "pyproject.toml") -> Iterator[Finding]:
             return [f"{wanted.name} is {version}, needs {wanted.specifier}"]
         found = []
         for part in map(Requirement, importlib.metadata.requires(wanted.name) or () if wanted.extras else ()):
-            marker = part.marker
-            if (
-                marker
-                and not marker.evaluate({"extra": ""})
-                and any(marker.evaluate({"extra": e}) for e in wanted.extras)
-            ):
+            if (marker := part.marker) is None or marker.evaluate({"extra": ""}):
+                continue  # not of an extra
+            if any(marker.evaluate({"extra": extra}) for extra in wanted.extras):
                 part.extras, part.marker = set(), None
                 found += faults(str(part))
         return found
@@ -136,27 +133,19 @@ def accelerators() -> tuple[int, int]:
     return len(tpus), len([*dev.glob("nvidia[0-9]*")])
 
 
-def tpu_holders(lock: Path) -> Iterator[Finding]:
-    """A TPU serves one process a host; who has libtpu's lock, or the chips themselves?"""
-    held = {
-        pid
-        for path in (lock, *Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*"))
-        for pid in holders(path)
-    }
+def tpu_holders(lock: Path, needed: bool = True) -> Iterator[Finding]:
+    """A TPU serves one process a host; who has libtpu's lock, or the chips themselves? Compiling ahead of time takes the
+    lock as well, on a machine that has no TPU."""
+    level = "error" if needed else "warning"
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
+    held = {pid for path in (lock, *chips) for pid in holders(path)}
     for pid in sorted(held):
-        yield Finding(
-            "error",
-            "TPU",
-            f"held by process {pid} ({command(pid)})",
-            f"wait until it ends, or stop it: kill {pid}",
-        )
+        remedy = f"wait until it ends, or stop it: kill {pid}"
+        yield Finding(level, "TPU", f"held by process {pid} ({command(pid)})", remedy)
     if not held and lock.exists() and not os.access(lock, os.W_OK):
-        yield Finding(
-            "error",
-            "TPU",
-            f"{lock} was left behind by another user, no process is seen to hold it",
-            f"sudo python scripts/doctor.py sees all processes; if none holds it: sudo rm {lock}",
-        )
+        what = f"{lock} was left behind by another user, no process is seen to hold it"
+        remedy = f"sudo {sys.executable} scripts/doctor.py sees all processes; if none holds it: sudo rm {lock}"
+        yield Finding(level, "TPU", what, remedy)
 
 
 def holders(path: Path) -> set[int]:
@@ -221,7 +210,8 @@ def ask_jax(seconds: float = SECONDS) -> tuple[dict[str, Any] | None, str]:
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)  # not waited for: a process deep in a driver may never go
             return None, f"it did not start within {seconds:g} s"
-        out.seek(0), err.seek(0)
+        out.seek(0)
+        err.seek(0)
         said = [line for line in err.read().splitlines() if line.strip()]
         if child.returncode:
             return None, said[-1] if said else f"it ended with {child.returncode}"
@@ -256,7 +246,7 @@ def folder(about: str, path: str, little: float = 5e9, nothing: float = 2e8) -> 
     if "://" in path:
         return Finding("ok", about, f"{path}: an object store, not looked at")
     wanted = Path(path).expanduser().absolute()
-    nearest = next(p for p in (wanted, *wanted.parents) if p.exists())
+    nearest = next(p for p in (wanted, *wanted.parents) if os.path.exists(p))  # Path.exists raises in a closed folder
     remedy = f"choose another with --{about}"
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
@@ -265,12 +255,9 @@ def folder(about: str, path: str, little: float = 5e9, nothing: float = 2e8) -> 
         return Finding("error", about, f"{wanted} cannot be written ({error.strerror})", remedy)
     free = shutil.disk_usage(nearest).free
     level = "error" if free < nothing else "warning" if free < little else "ok"
-    remedy = (
-        ""
-        if level == "ok"
-        else f"a checkpoint takes 12 bytes a parameter and up to four are kept: free some, or {remedy}"
-    )
-    return Finding(level, about, f"{wanted} can be written, {free / 1e9:.1f} GB free", remedy)
+    remedy = f"a checkpoint takes 12 bytes a parameter and up to four are kept: free some, or {remedy}"
+    what = f"{wanted} can be written, {free / 1e9:.1f} GB free"
+    return Finding(level, about, what, "" if level == "ok" else remedy)
 
 
 def hub(seconds: float = 5) -> Finding:
@@ -298,12 +285,8 @@ def wordnet() -> Finding:
     if metrics.wordnet() is not None:
         return Finding("ok", "wordnet", "found: METEOR is nltk's")
     what = "not found: METEOR goes without synonyms, under the name meteor_exact_stem"
-    return Finding(
-        "warning",
-        "wordnet",
-        what,
-        "Debian and Ubuntu: apt-get install wordnet-base wordnet-sense-index; else: python -m nltk.downloader wordnet",
-    )
+    remedy = "Debian, Ubuntu: apt-get install wordnet-base wordnet-sense-index; else: python -m nltk.downloader wordnet"
+    return Finding("warning", "wordnet", what, remedy)
 
 
 if __name__ == "__main__":

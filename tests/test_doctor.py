@@ -54,7 +54,7 @@ def test_doctor_exits_with_1_where_the_required_platform_is_missing(tmp_path):
     assert re.search(
         r"error +run_dir +/dev/null/run cannot be written \(Not a directory\)\n +-> .*--run_dir", done.stdout
     )
-    assert done.stdout.splitlines()[-1].startswith("2 error(s)")
+    assert int(done.stdout.splitlines()[-1].split()[0]) >= 2
 
 
 # ---- who holds the TPU
@@ -78,6 +78,7 @@ def test_the_process_that_holds_the_lock_is_named(how, tmp_path):
         (finding,) = doctor.tpu_holders(lock)
         assert finding.level == "error" and f"process {pid} ({sys.executable}" in finding.what
         assert finding.remedy.endswith(f"kill {pid}")
+        assert [f.level for f in doctor.tpu_holders(lock, needed=False)] == ["warning"]  # no TPU here: no error
     assert lock.exists() and list(doctor.tpu_holders(lock)) == []  # a lock file that nobody holds does no harm
 
 
@@ -98,6 +99,7 @@ if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)  # root may write everywhere
 folder = Path(sys.argv[1])
 print(doctor.show(doctor.folder("run_dir", str(folder / "closed" / "run"))))
+print(doctor.show(doctor.folder("run_dir", str(folder / "dark" / "a" / "run"))))
 print(*map(doctor.show, doctor.tpu_holders(folder / "left")), sep="\\n")
 """
 
@@ -108,10 +110,12 @@ def test_closed_folders_and_locks_of_others_are_told():
         folder = Path(name)
         folder.chmod(0o755)
         (folder / "closed").mkdir(mode=0o555)
+        (folder / "dark").mkdir(mode=0)  # not even looked into
         (folder / "left").touch()
         (folder / "left").chmod(0o644 if os.geteuid() == 0 else 0o444)
         done = run("-c", AS_NOBODY, name)
-        assert f"{name}/closed/run cannot be written (Permission denied)" in done.stdout, done.stderr
+        for path in ("closed/run", "dark/a/run"):
+            assert f"{name}/{path} cannot be written (Permission denied)" in done.stdout, done.stderr
         assert re.search(r"error +TPU +.*left was left behind by another user.*\n.*sudo rm", done.stdout)
         if os.geteuid() == 0:
             with holding(folder / "left", "lockf") as pid:
