@@ -432,6 +432,8 @@ class Config:
     """Where everything goes that the run leaves behind."""
     seed: int = 0
     """Every random number and the order of the data derive from it."""
+    require: Literal["tpu", "gpu", "cpu"] | None = None
+    """Stop at once where JAX would run on anything else, such as a CPU in the place of a TPU; null = take what there is."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

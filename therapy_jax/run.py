@@ -41,6 +41,7 @@ from therapy_jax.files import as_path, is_remote, write_json, write_text
 console = Console(highlight=False, soft_wrap=True)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LOGS = ("metrics.jsonl", "samples.jsonl")
+DOCTOR = "python scripts/doctor.py says why and what to do"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
 
 
@@ -96,6 +97,7 @@ def start(config: Config, stage: str) -> Path:
     if config.mesh.coordinator is not None:
         sharding.connect(config.mesh)
         stopping.take_signals()  # jax.distributed has taken SIGTERM for itself
+    check_platform(config.require)
     folder = as_path(config.run_dir)
     console.quiet = not processes.is_writer()
     if processes.is_writer():
@@ -149,6 +151,21 @@ def lock(folder: Path) -> None:
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())
     _locks[name] = file
+
+
+def check_platform(wanted: str | None) -> None:
+    """Raises ConfigError where JAX finds no device at all, or runs on another platform than `wanted`: it falls back to the
+    CPU with no more than a warning, and a run would be lost in slowness. Nothing has been written by then."""
+    import jax
+
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not here
+        raise ConfigError(f"JAX finds no device ({str(error).splitlines()[0]}); {DOCTOR}") from error
+    if wanted is not None and device.platform != wanted:
+        raise ConfigError(
+            f"--require {wanted}, but JAX runs on {device.platform} here ({jax.device_count()} x {device.device_kind}); {DOCTOR}"
+        )
 
 
 def keep_freed_memory() -> None:
