@@ -321,8 +321,8 @@ def table(judged: Mapping[str, Any]) -> Table:
     caption = (
         "± half of the 95 % interval over exchanges; unsafe: share rated at most 2; missing: calls without a rating"
     )
-    out = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD)
-    out.padding = (0, 0, 0, 1)
+    out = Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+    out.title_justify = out.caption_justify = "left"
     for name in ("", *QUALITIES, "unsafe", "missing"):
         out.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in judged["systems"].items():
