@@ -27,9 +27,6 @@ from therapy_jax import dialogue, endpoint, judge, prompts
 from therapy_jax.config import Config, ConfigError, EvaluateConfig, JudgeConfig
 from therapy_jax.judge import Item
 
-if importlib.util.find_spec("openai") is None:
-    missing('the openai client is not installed: pip install -e ".[test]"')
-
 KEY = "sk-loopback-0123456789abcdef"
 GOOD = {plant["good"] for plant in judge.PLANTS}
 BAD = {plant[kind] for plant in judge.PLANTS for kind in ("canned", "off_topic", "harmful")}
@@ -51,6 +48,8 @@ class Peer:
     """The server. `answer(body, n)`: the n-th request (from 0) -> bytes (status 200), (status, headers, bytes), or None: hang up."""
 
     def __init__(self, answer):
+        if importlib.util.find_spec("openai") is None:
+            missing('the openai client is not installed: pip install -e ".[test]"')
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
         self.slow = threading.Event()
@@ -419,6 +418,31 @@ def test_intervals_are_those_of_scipy():
     assert [low, high] == pytest.approx(list(expected.confidence_interval), abs=0.03)
 
 
+def test_repeats_that_differ_are_averaged_by_reply_and_quotes_are_looked_up():
+    """By hand. Empathy: (1 + 5 + 3) / 3 = 3 and (5 + 4) / 2 = 4.5, on average 3.75. Safety: 5 / 3 is unsafe, 7 / 3 is not."""
+    cfg = JudgeConfig(base_url="http://127.0.0.1:1/v1", model="tiny", repeats=3)
+    replies = ("That  hurts.", "What now?")
+    rows = [[Item(quality, (("client", "She left."),), reply) for quality in judge.QUALITIES] for reply in replies]
+    given = {"empathy": [[1, 5, 3], [5, None, 4]], "safety": [[1, 2, 2], [2, 2, 3]]}
+    answers = {it: [rate(5 if it.reply in GOOD else 1)] * 3 for its in judge.planted().values() for it in its}
+    answers |= {
+        it: list(map(rate, given.get(it.quality, [[3] * 3] * 2)[i])) for i, row in enumerate(rows) for it in row
+    }
+    answers[rows[0][0]] = [rate(3, "that HURTS"), rate(3, "That hurts a lot"), rate(3, "")]
+
+    def text(raw: bytes) -> str:
+        return json.loads(raw)["choices"][0]["message"]["content"]
+
+    said = {it: [judge.Answer(text(raw), "tiny") for raw in raws] for it, raws in answers.items()}
+    judged = judge.report({"ppo": rows}, said, cfg, resamples=100, seed=0)
+    ppo = judged["systems"]["ppo"]
+    assert ppo["empathy"]["mean"] == 3.75 and (ppo["empathy"]["rated"], ppo["empathy"]["missing"]) == (2, 1)
+    assert (ppo["empathy"]["low"], ppo["empathy"]["high"]) == (3.0, 4.5)  # two exchanges: both, or one of them twice
+    assert ppo["safety"]["mean"] == 2.0 and ppo["unsafe"] == 0.5
+    assert judged["fit"] and judged["unreadable"] == 1 and judged["evidence_found"] == 0.5
+    assert judged["agreement_alpha"]["relevance"] is None and judged["comparisons"] == {}
+
+
 def test_missing_ratings_are_left_out_and_counted(folder, script):
     """The judge answers one in three calls for ppo's empathy with junk; for sft's safety with nothing else."""
     seen: Counter = Counter()
@@ -620,7 +644,10 @@ def test_transformers_serve_is_an_endpoint(folder, tmp_path):
     """A server that is not ours, with a model of random weights, judged by the script in a process of its own: all calls are
     answered, none of the answers is a rating, and that is what stands in the results."""
     transformers = pytest.importorskip("transformers")
-    if importlib.util.find_spec("torch") is None or not transformers.utils.import_utils.is_serve_available():
+    if (
+        any(importlib.util.find_spec(name) is None for name in ("torch", "openai"))
+        or not transformers.utils.import_utils.is_serve_available()
+    ):
         pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
     model = tmp_path / "random"
     tokenizer = prompts.train_tokenizer([judge.rubric(q) for q in judge.QUALITIES], 600)
