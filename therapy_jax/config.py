@@ -387,6 +387,52 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """An LLM that rates the replies which evaluate.py left, over the OpenAI protocol (extra `judge`)."""
+
+    base_url: str | None = None
+    """Where the endpoint is, such as http://127.0.0.1:8000/v1; what it rates is sent there."""
+    model: str | None = None
+    """Name of the judging model at that endpoint; pin a dated version, and of another family than what is judged."""
+    key_env: str | None = None
+    """NAME of the environment variable that holds the endpoint's key; null = it asks for none. The key itself stands nowhere."""
+    systems: list[str] | None = None
+    """Systems of answers.json to rate, `constant` and `therapist` (the person) among them; null = all."""
+    limit: int | None = 50
+    """Exchanges to rate, drawn by seed; null = all that were answered. Calls = limit x systems x 4 qualities x repeats."""
+    repeats: int = 3
+    """Times that each question is asked."""
+    context_turns: int = 8
+    """Turns before the client's message that the judge reads."""
+    concurrency: int = 4
+    """Calls under way at once."""
+    timeout: float = 60.0
+    """Seconds without a byte after which a call is given up and made again."""
+    max_retries: int = 4
+    """Further tries of a call, with growing pauses, after a time-out, a lost connection, status 408, 409, 429 or 5xx."""
+    max_tokens: int = 256
+    """Longest answer of the judge, in its tokens."""
+
+    def __post_init__(self):
+        # The value is not repeated in the message: it may be a key that was put in the wrong place.
+        require(
+            self.key_env is None or re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env) is not None,
+            "judge.key_env must be the NAME of an environment variable (capitals, digits, _), never the key itself",
+        )
+        url = self.base_url or "http://"
+        require(url.startswith(("http://", "https://")), "judge.base_url must start with http:// or https://")
+        require(
+            not set("@?#") & set(url),
+            "judge.base_url must hold no user, password or query; name the key by judge.key_env",
+        )
+        require(self.limit is None or self.limit > 0, f"judge.limit must be above 0 or null, not {self.limit}")
+        for name in ("repeats", "concurrency", "timeout", "max_tokens"):
+            require(getattr(self, name) > 0, f"judge.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("context_turns", "max_retries"):
+            require(getattr(self, name) >= 0, f"judge.{name} must be 0 or above, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class GridConfig:
     """The cells of an experiment that reproduce.py runs; each is a set of overrides of the rest of this file."""
 
@@ -445,6 +491,7 @@ class Config:
     classifiers: ClassifierConfig = field(default_factory=ClassifierConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compilation_cache: str | None = "~/.cache/therapy_jax/xla"

@@ -363,7 +363,7 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def progress(stage: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+def progress(stage: str, total: int, done: int = 0, at_first: str = "compiling ...") -> Iterator[Callable[..., None]]:
     """A bar with rate and time left on a terminal; a line every ten seconds where the output is a file or a pipe.
 
     Yields advance(step, **numbers): the numbers that matter, shown as they are given.
@@ -377,7 +377,7 @@ def progress(stage: str, total: int, done: int = 0) -> Iterator[Callable[..., No
             TextColumn("{task.fields[numbers]}"),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(stage, total=total, completed=done, numbers="compiling ...")
+            task = bar.add_task(stage, total=total, completed=done, numbers=at_first)
             yield lambda step, **numbers: bar.update(task, completed=step, numbers=show(numbers))
         return
     began, shown = time.monotonic(), 0.0
@@ -390,7 +390,7 @@ def progress(stage: str, total: int, done: int = 0) -> Iterator[Callable[..., No
             left = (now - began) / max(step - done, 1) * (total - step)
             print(f"{stage} {step}/{total}  {show(numbers)}  {now - began:.0f} s, {left:.0f} s left", flush=True)
 
-    print(f"{stage} {done}/{total}  compiling ...", flush=True)
+    print(f"{stage} {done}/{total}  {at_first}", flush=True)
     yield advance
 
 
