@@ -38,15 +38,16 @@ console = Console(highlight=False, soft_wrap=True)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
 
 
-def main(script: Callable[[Config], None], description: str) -> None:
-    """Parse the command line, run the script; a user's mistake ends with one sentence and exit code 2, no traceback."""
-    config = config_module.parse(description=description)
+def main(script: Callable[..., None], description: str, options: type | None = None) -> None:
+    """Parse the command line, run script(config), or script(config, options) where it has flags of its own; a user's mistake
+    ends with one sentence and exit code 2, no traceback."""
+    config, own = config_module.parse_with(options, description=description)
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError
     from therapy_jax.weights import WeightsError
 
     try:
-        script(config)
+        script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
