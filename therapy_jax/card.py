@@ -196,14 +196,12 @@ def model_card(
     given = "emotion" in config.prompt.format and config.prompt.emotion == "given"
     felt = ', emotion="sadness"' if given else ""
     posted = ' The emotion goes into `chat_template_kwargs`: `{"emotion": "sadness"}`.' if given else ""
+    longest = decoding.max_new_tokens
     cleaned = ", cleaned" if config.data.clean else ""
     started = "" if config.model.name is None else " and of the weights that it started from"
-    untrained = "" if config.ppo.estimator == "gae" else f" ({config.ppo.estimator} has no critic: it is untrained)"
-    head = (
-        f"`value_head.safetensors` is the critic's last layer, for going on with PPO{untrained}."
-        if stage == "ppo"
-        else ""
-    )
+    critic = "`value_head.safetensors` is the critic's last layer, for going on with PPO"
+    critic += "; `critic/` is the model under it" if config.ppo.value_head == "separate" else ""
+    critic += "" if config.ppo.estimator == "gae" else f" ({config.ppo.estimator} has no critic: it is untrained)"
     return f"""\
 ---
 library_name: transformers
@@ -236,10 +234,8 @@ reply = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(reply))
 ```
 
-Over the OpenAI protocol: `transformers serve`, then `model` = this folder and `max_tokens` = {
-        decoding.max_new_tokens
-    } in each
-request; without it that server asks for more tokens than the model has positions ({model.n_positions}).{posted}
+Over the OpenAI protocol: `transformers serve`, then `model` = this folder and `max_tokens` = {longest} in each request.
+Without `max_tokens` that server (transformers 5.23) asks for 1,024 tokens; the model has {model.n_positions} positions.{posted}
 
 {reading(config, model)}
 
@@ -252,11 +248,7 @@ request; without it that server asks for more tokens than the model has position
 
 {training(record, stage)}
 
-{
-        "`value_head.safetensors` is the critic's last layer, for going on with PPO" + untrained + "."
-        if stage == "ppo"
-        else ""
-    }
+{critic + "." if stage == "ppo" else ""}
 
 ## How good it is
 

@@ -38,7 +38,7 @@ TEMPLATE = """\
         {{- ("<|client|>" if message.role == "user" else "<|therapist|>") ~ said(message) -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if not messages or messages[-1].role != "user" -%}
+{%- if messages[-1].role != "user" -%}
     {{- raise_exception("the last message must be the client's (role user)") -}}
 {%- endif -%}
 {{- "<|utterance|>" ~ said(messages[-1]) -}}
@@ -85,7 +85,7 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
     config, params = weights.load_pretrained(source)
     tokenizer = prompts.load_tokenizer(source)
     tokenizer.chat_template = chat_template(tokenizer, record.config.prompt)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = config.n_positions
     decoding = record.results.get("decoding")
     decoding = SamplingConfig(**decoding) if decoding else run.decoding(record.config)
@@ -102,4 +102,9 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
         shutil.copyfile(source / "value_head.safetensors", out / "value_head.safetensors")
     if (folder / stage / "critic").is_dir():
         shutil.copytree(folder / stage / "critic", out / "critic", dirs_exist_ok=True)
-    weights.save_pretrained(out, config, params, tokenizer)
+    tokenizer.save_pretrained(out)
+    saved = (
+        out / "tokenizer_config.json"
+    )  # transformers does not save the side; prompts that go on are padded on the left
+    write_json(saved, json.loads(saved.read_text(encoding="utf-8")) | {"padding_side": "left"})
+    weights.save_pretrained(out, config, params)

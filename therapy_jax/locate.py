@@ -70,7 +70,7 @@ def read_checkpoint(checkpoint: Path) -> Any:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    state = checkpoint.absolute() / "state"
+    state: Any = checkpoint.absolute() / "state"  # Any: orbax wants a path type of its own, and takes this one
     try:
         reader = ocp.PyTreeCheckpointHandler()
         tree: Any = reader.metadata(state).tree
