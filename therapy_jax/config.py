@@ -42,7 +42,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str | None = None
-    """Hugging Face folder or hub id of a GPT-2; null = from scratch with the sizes below."""
+    """A GPT-2: Hugging Face folder or hub id, or of ours a run folder, a stage of it, or a checkpoint; null = from scratch with
+    the sizes below."""
     n_layer: int = 4
     """Transformer blocks (from scratch only, like the next four)."""
     n_embd: int = 128
@@ -67,7 +68,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TokenizerConfig:
     name: str | None = None
-    """Hugging Face folder or hub id; null = the model's own, or for a model from scratch a byte-level BPE trained here."""
+    """As model.name; null = the model's own, or for a model from scratch a byte-level BPE trained here."""
     vocab_size: int = 2048
     """Size of the BPE when it is trained here, in tokens, before the prompt's special tokens are added."""
 
@@ -524,6 +525,13 @@ def load_yaml(text: str) -> Any:
 
 def parse(argv: list[str] | None = None, description: str | None = None) -> Config:
     """Command line -> Config. A user's mistake ends the program with one message and exit code 2."""
+    return parse_with(None, argv, description)[0]
+
+
+def parse_with(
+    options: type | None, argv: list[str] | None = None, description: str | None = None
+) -> tuple[Config, Any]:
+    """The same for a script with flags of its own, the fields of the dataclass `options` -> (Config, options)."""
     import jsonargparse  # here, so that reading a Config from Python code does not need it
 
     jsonargparse.set_loader("yaml", load_yaml)
@@ -532,11 +540,14 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> Conf
     usage = "%(prog)s [--config FILE.yaml] [--section.name VALUE ...]"  # all names would fill the screen at each error
     parser = jsonargparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of one experiment (configs/*.yaml).")
-    parser.add_class_arguments(Config, None)
+    kinds = (Config,) if options is None else (Config, options)
+    for kind in kinds:
+        parser.add_class_arguments(kind, None)
     arguments = parser.parse_args(argv)
     try:
         values = vars(parser.instantiate(arguments))
-        return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+        config, *own = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds)
+        return config, own[0] if own else None
     except ConfigError as error:
         parser.error(str(error))
 

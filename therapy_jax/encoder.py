@@ -28,7 +28,8 @@ import numpy as np
 from therapy_jax import gpt2
 from therapy_jax.batching import pad
 from therapy_jax.gpt2 import Array, Params
-from therapy_jax.weights import WeightsError, read_tensors, resolve
+from therapy_jax.locate import WeightsError, resolve
+from therapy_jax.weights import read_tensors
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # BERT's own, of 2018
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from therapy_jax.config import PromptConfig
 from therapy_jax.dialogue import EMOTIONS, DataError, Exchange, Turn
-from therapy_jax.weights import WeightsError, resolve
+from therapy_jax.locate import ACCEPTED, WeightsError, find, holds
 
 SPECIAL_TOKENS = ("<|client|>", "<|therapist|>", "<|utterance|>", "<|emotion|>", "<|reply|>", "<|text|>")
 EOS = "<|endoftext|>"
@@ -48,13 +48,17 @@ class ParsedReply(NamedTuple):
 
 
 def load_tokenizer(folder_or_hub_id: str | os.PathLike) -> Any:
-    """A Hugging Face tokenizer: a folder with tokenizer.json, one with GPT-2's vocab.json + merges.txt, or a hub id."""
+    """A Hugging Face tokenizer: a folder with tokenizer.json, one with GPT-2's vocab.json + merges.txt, a hub id, or that of
+    one of our runs (locate.py)."""
     import transformers  # two seconds; here, so that importing this module stays cheap
 
-    folder = resolve(folder_or_hub_id)
+    folder = find(folder_or_hub_id).folder
     bare = not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if bare and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
-        raise WeightsError(f"{folder}: no tokenizer here (neither tokenizer.json nor vocab.json + merges.txt)")
+        raise WeightsError(
+            f"{folder}: no tokenizer here (neither tokenizer.json nor vocab.json + merges.txt); it holds {holds(folder)}. "
+            f"Accepted is {ACCEPTED}"
+        )
     loader = transformers.GPT2Tokenizer if bare else transformers.AutoTokenizer
     tokenizer = loader.from_pretrained(folder, trust_remote_code=False) if not bare else loader.from_pretrained(folder)
     if tokenizer.eos_token_id is None:

@@ -45,10 +45,11 @@ DOCTOR = "python scripts/doctor.py says why and what to do"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
 
 
-def main(script: Callable[[Config], None], description: str) -> None:
-    """Parse the command line, run the script. A user's mistake, or a disk that is full, ends with one sentence and exit
-    code 2, no traceback; a signal ends with code 75, and the same command goes on (stopping.py)."""
-    config = config_module.parse(description=description)
+def main(script: Callable[..., None], description: str, options: type | None = None) -> None:
+    """Parse the command line, run script(config), or script(config, options) where it has flags of its own. A user's mistake,
+    or a disk that is full, ends with one sentence and exit code 2, no traceback; a signal ends with code 75, and the same
+    command goes on (stopping.py)."""
+    config, own = config_module.parse_with(options, description=description)
     from therapy_jax import stopping
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError
@@ -61,7 +62,7 @@ def main(script: Callable[[Config], None], description: str) -> None:
 
     stopping.listen(console.print)
     try:
-        script(config)
+        script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
         fail(str(error))
     except OSError as error:

@@ -21,7 +21,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from therapy_jax.files import flatten
 from therapy_jax.gpt2 import ACTIVATIONS, GPT2Config, Params
+from therapy_jax.locate import ACCEPTED, WeightsError, find, holds, read_checkpoint
 from therapy_jax.sharding import fetch
 
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks that old checkpoints carry
@@ -49,40 +51,11 @@ NAMES = {
 NOT_SAVED = {"dropout", "compute_dtype", "mesh"}  # how a model is trained and computed, not what it is
 
 
-class WeightsError(ValueError):
-    """A model that cannot be had or used; the message says which and why."""
-
-
-def resolve(folder_or_hub_id: str | os.PathLike) -> Path:
-    """A local folder as it is; a hub id through the hub's cache or the network (safetensors, config and tokenizer only)."""
-    folder = Path(folder_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(folder_or_hub_id)
-    if folder.exists():
-        raise WeightsError(f"{name} is a file; give the folder that holds config.json and model.safetensors")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise WeightsError(f"{name}: no such folder")
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
-            )
-        )
-    except Exception as error:  # the hub's client raises many kinds, some of them requests' and httpx's own
-        raise WeightsError(
-            f"{name} is no local folder, and the hub could not give it ({type(error).__name__}); "
-            "check the name and the network, or give a folder that holds config.json and model.safetensors"
-        ) from error
-
-
 def read_config(folder: Path) -> GPT2Config:
     """config.json -> GPT2Config. Raises WeightsError for another architecture, or an option that we do not compute."""
     path = folder / "config.json"
     if not path.is_file():
-        raise WeightsError(f"{folder}: no config.json, so this is no Hugging Face model folder")
+        raise WeightsError(f"{folder}: no config.json; it holds {holds(folder)}. Accepted is {ACCEPTED}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -161,9 +134,12 @@ def shapes(config: GPT2Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ..
 
 
 def load_pretrained(folder_or_hub_id: str | os.PathLike) -> tuple[GPT2Config, Params]:
-    """A GPT-2 in Hugging Face's layout -> (config, float32 params on the host). Raises WeightsError."""
-    folder = resolve(folder_or_hub_id)
+    """A GPT-2 in Hugging Face's layout, or one of our runs (locate.py) -> (config, float32 params on the host). Raises
+    WeightsError."""
+    folder, checkpoint = find(folder_or_hub_id)
     config = read_config(folder)
+    if checkpoint is not None:
+        return config, checked(read_checkpoint(checkpoint), config, checkpoint)
     tensors = read_tensors(folder)
     head = tensors.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in tensors and not np.array_equal(head, tensors["wte.weight"]):
@@ -189,6 +165,20 @@ def load_pretrained(folder_or_hub_id: str | os.PathLike) -> tuple[GPT2Config, Pa
         raise WeightsError(f"{folder}: unexpected tensors {', '.join(sorted(tensors)[:5])}; this is not a plain GPT-2")
     params["wte"] = np.pad(params["wte"], ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
     return config, params
+
+
+def checked(params: Params, config: GPT2Config, checkpoint: Path) -> Params:
+    """The parameters as they are, once every name and shape is what the config asks for."""
+    wanted = {".".join(path): shapes(config)[name][1] for path, name in NAMES.items()}
+    wanted = {k: (config.n_layer, *shape) if k.startswith("blocks") else shape for k, shape in wanted.items()}
+    wanted["wte"] = (config.padded_vocab_size, config.n_embd)
+    found = {k: leaf.shape for k, leaf in flatten(params).items()}
+    if differing := sorted(k for k in wanted | found if wanted.get(k) != found.get(k)):
+        key = differing[0]
+        raise WeightsError(
+            f"{checkpoint}: {key} has shape {found.get(key)}, its run's config.json asks for {wanted.get(key)}"
+        )
+    return params
 
 
 def save_pretrained(folder: str | os.PathLike, config: GPT2Config, params: Params, tokenizer=None) -> None:
