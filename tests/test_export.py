@@ -63,13 +63,13 @@ def write_run(folder: Path, tokenizer, cfg: Config) -> dict[str, gpt2.Params]:
 
     sft_tx, ppo_tx = sft.optimizer(cfg.sft, 4), ppo.optimizer(cfg.ppo)
     for stage, steps in (("base", (4,)), ("sft", (4, 8)), ("ppo", (8, 10))):  # 8 < 10: by number, not by name
-        with checkpoint.manager(folder / stage / "checkpoints", best="loss", mode="min") as manager:
+        with checkpoint.manager(folder / stage / "checkpoints", "min", {}) as manager:
             for step in steps:
                 made[f"{stage}/{step}"] = new = random_params(model, 100 + step + len(stage))
                 state = sft.init_state(new, sft_tx)
                 if stage == "ppo":
                     state = ppo.init_state(new, model, ppo_tx, cfg.ppo, init_stats(["rouge_l"]))
-                checkpoint.save(manager, step, state, {"stage": stage}, {"loss": 1.0})
+                checkpoint.save(manager, step, state, {"stage": stage})
     return made
 
 
