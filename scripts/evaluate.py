@@ -8,7 +8,20 @@ from pathlib import Path
 
 import jax
 
-from therapy_jax import baselines, classifiers, dialogue, evaluate, files, gpt2, metrics, prompts, run, sharding, stages
+from therapy_jax import (
+    baselines,
+    classifiers,
+    dialogue,
+    evaluate,
+    files,
+    gpt2,
+    metrics,
+    processes,
+    prompts,
+    run,
+    sharding,
+    stages,
+)
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.rewards import batch as reward_batch
@@ -85,12 +98,13 @@ def main(config: Config) -> None:
         "emotion_majority_accuracy": metrics.majority_accuracy(gold) if any(gold) else None,
         "paper": evaluate.PAPER,
     }
-    files.write_json(folder / "results.json", results)
     answers = [
         {"client": e.client.text, "therapist": e.therapist.text, **{name: s.texts[i] for name, s in samples.items()}}
         for i, e in enumerate(chosen)
     ]
-    files.write_json(folder / "answers.json", answers)
+    if processes.is_writer():
+        files.write_json(folder / "results.json", results)
+        files.write_json(folder / "answers.json", answers)
     run.note_environment(folder, "evaluate", time.monotonic() - began)
     console.print(evaluate.table(results))
     for name, differences in results["comparisons"].items():

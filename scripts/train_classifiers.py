@@ -5,16 +5,16 @@ regression and the majority class.
 """
 
 import json
-import shutil
 import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import rich.box
+from etils import epath
 from rich.table import Table
 
-from therapy_jax import classifiers, files, gpt2, run, stages
+from therapy_jax import classifiers, files, gpt2, processes, run, stages
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -31,15 +31,18 @@ def main(config: Config) -> None:
     }
     gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
     where = folder / "classifiers"
-    if where.exists():
+    if processes.shared(where.exists()):
         console.print(f"classifiers: {run.escape(str(where))} is made anew")
-        shutil.rmtree(where)
+        if processes.is_writer():
+            epath.Path(where).rmtree()
+        processes.wait_for_all("classifiers removed")
     found = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer)
     seconds = time.monotonic() - began
     console.print(f"classifiers: trained in {seconds:.0f} s; testing ...")
     tested = compare(found, data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config)
     report = json.loads((where / "report.json").read_text(encoding="utf-8"))
-    files.write_json(where / "report.json", {**report, "test": tested})
+    if processes.is_writer():
+        files.write_json(where / "report.json", {**report, "test": tested})
     run.note_environment(folder, "classifiers", seconds)
     console.print(table(tested))
     console.print(f"written: {run.escape(str(where))}")

@@ -25,6 +25,7 @@ from therapy_jax import (
     gpt2,
     metrics,
     ppo,
+    processes,
     prompts,
     run,
     sharding,
@@ -284,8 +285,9 @@ def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, toke
     weights.save_pretrained(folder / "model", gpt2_config, state.params["policy"], tokenizer)
     critic = state.params["value"]
     head = {k: np.asarray(v) for k, v in files.flatten(sharding.fetch(critic["head"])).items()}
-    if jax.process_index() == 0:
-        save_file(head, folder / "model" / "value_head.safetensors")
+    if processes.is_writer():
+        with files.staged(folder / "model", last="value_head.safetensors") as here:
+            save_file(head, here / "value_head.safetensors")
     if "trunk" in critic:
         weights.save_pretrained(folder / "critic", gpt2_config, critic["trunk"], tokenizer)
 

@@ -17,7 +17,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from therapy_jax import batching, checkpoint, gpt2, packing, prompts, run, sft, sharding, stopping, weights
+from therapy_jax import (
+    batching,
+    checkpoint,
+    files,
+    gpt2,
+    packing,
+    processes,
+    prompts,
+    run,
+    sft,
+    sharding,
+    stopping,
+    weights,
+)
 from therapy_jax.batching import Batch
 from therapy_jax.config import Config, TrainingConfig
 from therapy_jax.dialogue import Dialogue, exchanges
@@ -115,14 +128,15 @@ def make_base(
     name = config.tokenizer.name or config.model.name
     if name is not None:
         tokenizer = prompts.load_tokenizer(name)
-    elif (saved / "tokenizer.json").is_file():  # a restart: ids must mean what they meant
-        tokenizer = prompts.load_tokenizer(saved)
+    elif processes.shared((saved / "tokenizer.json").is_file()):  # a restart: ids must mean what they meant
+        tokenizer = prompts.load_tokenizer(files.fetched(saved))
     else:
         texts = [prompts.plain_text(d.turns) for corpus in corpora or [dialogues] for d in corpus["train"]]
         tokenizer = prompts.train_tokenizer(texts, config.tokenizer.vocab_size)
     prompts.add_special_tokens(tokenizer)
-    if jax.process_index() == 0:
-        tokenizer.save_pretrained(saved)
+    if processes.is_writer():
+        with files.staged(saved, last="tokenizer.json") as here:
+            tokenizer.save_pretrained(here)
 
     if config.model.name is not None:
         gpt2_config, params = weights.load_pretrained(config.model.name)

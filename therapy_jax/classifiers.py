@@ -33,12 +33,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from therapy_jax import batching, gpt2, metrics, prompts
+from therapy_jax import batching, gpt2, metrics, processes, prompts
 from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConfig
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
-from therapy_jax.files import flatten, write_json
+from therapy_jax.files import fetched, flatten, staged, write_json
 from therapy_jax.gpt2 import Params
-from therapy_jax.sharding import agreed, fetch, wait_for_all
+from therapy_jax.sharding import fetch
 
 Array = jax.Array
 
@@ -382,15 +382,16 @@ def belongs_to(config: Config, params: Params) -> dict[str, Any]:
 
 def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
     """-> folder/model.safetensors, then folder/report.json: what is killed in between is not taken for whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
-    save_file({name: np.asarray(x) for name, x in arrays.items()}, folder / "model.safetensors")
-    write_json(folder / "report.json", {"belongs_to": belongs, **found.report})
+    with staged(folder, last="report.json") as here:
+        save_file({name: np.asarray(x) for name, x in arrays.items()}, here / "model.safetensors")
+        write_json(here / "report.json", {"belongs_to": belongs, **found.report})
 
 
 def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Classifiers:
     """Raises ConfigError where the files are damaged, or were made for another trunk or with other settings."""
     again = f"delete {folder}, and the next run makes it anew"
+    folder = fetched(folder)
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         then = report.pop("belongs_to")
@@ -422,14 +423,14 @@ def load_or_train(
 ) -> Classifiers:  # fmt: skip
     """The classifiers of a run folder, with at least the heads of these names; whoever asks first trains and saves them."""
     where, belongs = folder / "classifiers", belongs_to(config, params)
-    if agreed((where / "report.json").is_file()):
+    if processes.shared((where / "report.json").is_file()):
         found = load(where, belongs, config.classifiers)
         if set(names) <= set(found.report["heads"]):
             return found
     found = train(data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config, names=names)
-    if jax.process_index() == 0:
+    if processes.is_writer():
         save(where, found, belongs)
-    wait_for_all("classifiers")
+    processes.wait_for_all("classifiers")
     return found
 
 

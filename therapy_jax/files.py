@@ -5,9 +5,12 @@ A path is local, or an object store's (gs://...), which `etils.epath` reads and 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +38,33 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike, last: str) -> Iterator[Path]:
+    """A local folder to write files into: the folder itself, or for a remote one a stand-in whose files are copied there at
+    the end, `last` last: what has it is whole."""
+    if not is_remote(folder):
+        as_path(folder).mkdir(parents=True, exist_ok=True)
+        yield as_path(folder)
+        return
+    with tempfile.TemporaryDirectory() as here:
+        yield Path(here)
+        as_path(folder).mkdir(parents=True, exist_ok=True)
+        for path in sorted(Path(here).iterdir(), key=lambda path: path.name == last):
+            (as_path(folder) / path.name).write_bytes(path.read_bytes())
+
+
+def fetched(folder: str | os.PathLike) -> Path:
+    """A folder's files on this machine: itself, or for a remote one a copy in a folder that is gone when the process ends."""
+    if not is_remote(folder):
+        return as_path(folder)
+    here = tempfile.TemporaryDirectory(prefix="therapy_jax_")
+    atexit.register(here.cleanup)
+    for path in as_path(folder).iterdir():
+        if path.is_file():
+            (Path(here.name) / path.name).write_bytes(path.read_bytes())
+    return Path(here.name)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ With one process each function here is the identity.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -32,6 +33,12 @@ def shared(value: Any) -> Any:
 def in_any(flag: bool) -> bool:
     """Whether it is so in any process; every process must ask."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def is_loss_of_another(error: Exception) -> bool:
+    """Whether this is how a collective fails when a process that takes part in it is gone."""
+    signs = re.compile("gloo|closed by peer|connection re|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and bool(signs.search(str(error)))
 
 
 def wait_for_all(what: str) -> None:

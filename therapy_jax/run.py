@@ -50,7 +50,7 @@ def main(script: Callable[..., None], description: str, options: type | None = N
     or a disk that is full, ends with one sentence and exit code 2, no traceback; a signal ends with code 75, and the same
     command goes on (stopping.py)."""
     config, own = config_module.parse_with(options, description=description)
-    from therapy_jax import stopping
+    from therapy_jax import processes, stopping
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError
     from therapy_jax.weights import WeightsError
@@ -75,6 +75,16 @@ def main(script: Callable[..., None], description: str, options: type | None = N
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from the last checkpoint")
         sys.exit(stopping.INTERRUPTED)
+    except Exception as error:
+        if not processes.is_loss_of_another(error):
+            raise
+        console.quiet = False
+        console.print(
+            "[bold red]error:[/] another process has ended or cannot be reached "
+            f"({escape(str(error).splitlines()[0][:200])}); start all of them again: they go on from the last checkpoint"
+        )
+        sys.stdout.flush()
+        os._exit(stopping.EXIT_CODE)  # at an ordinary exit jax would wait for the others
 
 
 def escape(text: str) -> str:

@@ -227,14 +227,3 @@ def fetch(tree: Any) -> Any:
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(bring, tree)
-
-
-def agreed(value: bool) -> bool:
-    """What process 0 says. Processes that look at files while another one writes them must not go different ways."""
-    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
-
-
-def wait_for_all(what: str) -> None:
-    """Until every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

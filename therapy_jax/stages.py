@@ -11,6 +11,7 @@ from therapy_jax import classifiers, evaluate, gpt2, prompts, run, sharding, wei
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange
+from therapy_jax.files import fetched
 from therapy_jax.rewards import combine, scoring
 from therapy_jax.rewards.batch import Fixed
 from therapy_jax.rewards.words import make_vocabulary
@@ -24,6 +25,7 @@ def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]
         raise ConfigError(
             f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first"
         )
+    path = fetched(path)
     gpt2_config, params = weights.load_pretrained(path)
     mesh = sharding.make_mesh(config.mesh)
     gpt2_config = dataclasses.replace(gpt2_config, compute_dtype=run.compute_dtype(config), mesh=mesh)

@@ -15,13 +15,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from therapy_jax.files import flatten
+from therapy_jax import processes
+from therapy_jax.files import flatten, staged
 from therapy_jax.gpt2 import ACTIVATIONS, GPT2Config, Params
 from therapy_jax.locate import ACCEPTED, WeightsError, find, holds, read_checkpoint
 from therapy_jax.sharding import fetch
@@ -185,11 +185,14 @@ def save_pretrained(folder: str | os.PathLike, config: GPT2Config, params: Param
     """Write a folder that torch's GPT2LMHeadModel.from_pretrained (and load_pretrained) reads: safetensors + config.json,
     and the tokenizer's files where one is given. The weights come last and by rename: a folder with weights is whole. Where
     there are several processes all of them call this, and process 0 writes."""
-    folder = Path(folder)
     params = fetch(params)
-    if jax.process_index() != 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    if processes.is_writer():
+        with staged(folder, last="model.safetensors") as here:
+            write(here, config, params, tokenizer)
+    processes.wait_for_all(f"saved {folder}")
+
+
+def write(folder: Path, config: GPT2Config, params: Params, tokenizer: Any) -> None:
     tensors: dict[str, np.ndarray] = {}
     for path, name in NAMES.items():
         leaf = params
