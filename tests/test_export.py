@@ -483,6 +483,7 @@ def test_markup_in_names_and_data_stays_text(tmp_path):
     seen = texts_of(text)
     for where in (f"{SHOWN}, ppo", SHOWN):  # the heading; a cell
         assert where in seen
+    assert "www.evil" not in text and "http://b" not in text  # which GitHub would make links of by themselves
     assert sum(SHOWN in one for one in seen) >= 6 and "secret" not in text and "/home" not in text
     # as many paragraphs, cells, headings and items as with tame names: nothing broke out of its place
     tame = text_with(HOSTILE, "tame", tmp_path, cfg, results, was, lines)
