@@ -287,7 +287,7 @@ def fit(
     manager.close()
     if done < steps:
         run.note_environment(folder, stage, time.monotonic() - began)
-    return state.params
+    return sharding.fetch(state.params)
 
 
 if __name__ == "__main__":
