@@ -122,7 +122,7 @@ def make_base(
         tokenizer = prompts.train_tokenizer(texts, config.tokenizer.vocab_size)
     prompts.add_special_tokens(tokenizer)
     if jax.process_index() == 0:
-        tokenizer.save_pretrained(saved)
+        weights.save_tokenizer(saved, tokenizer)
 
     if config.model.name is not None:
         gpt2_config, params = weights.load_pretrained(config.model.name)

@@ -383,6 +383,7 @@ def belongs_to(config: Config, params: Params) -> dict[str, Any]:
 def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
     """-> folder/model.safetensors, then folder/report.json: what is killed in between is not taken for whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").unlink(missing_ok=True)  # of fewer heads, from before: it would belie the new file
     arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
     save_file({name: np.asarray(x) for name, x in arrays.items()}, folder / "model.safetensors")
     write_json(folder / "report.json", {"belongs_to": belongs, **found.report})
