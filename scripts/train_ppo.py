@@ -139,11 +139,15 @@ def main(config: Config) -> None:
             finished += 1
             stopped = beyond(line["kl_k3"])
             stop = stopping.wanted()
-            if is_evaluated(finished, line) or stop:
+            bad = line["bad_in_a_row"] >= cfg.max_bad_updates
+            if is_evaluated(finished, line) or stop or bad:
                 run.copy_logs(folder)
                 checkpoint.save(manager, finished, state, belongs_to, line)
             complete(finished, line)
             advance(finished, **{k: line[k] for k in ("score", "kl", "reply_tokens")})
+            if bad:
+                run.copy_logs(folder)
+                run.give_up(folder, "ppo", finished, line, prompts_of(config, ready, finished - 1))
             if stop:
                 run.copy_logs(folder)
                 raise stopping.Stopped(f"ppo: stopped by {stop} at iteration {finished} of {cfg.iterations}, saved")
@@ -240,6 +244,17 @@ def make_validation(
         return {f"validation/{name}": value for name, value in found.items()}
 
     return evaluate_policy
+
+
+def prompts_of(config: Config, ready: Prepared, done: int) -> dict[str, Any]:
+    """The prompts of the iteration after `done`, as token ids and as what the clients say."""
+    size = config.ppo.batch_size // config.ppo.replies_per_prompt
+    indices = batching.rollout_indices(len(ready.exchanges), size, config.seed, done)
+    rows = zip(ready.prompts.tokens[indices], ready.prompts.mask[indices], strict=True)
+    return {
+        "prompts": [row[kept].tolist() for row, kept in rows],
+        "clients": [ready.exchanges[i].client.text for i in indices],
+    }
 
 
 def compile_iteration(

@@ -136,7 +136,7 @@ def make_base(
     prompts.add_special_tokens(tokenizer)
     if processes.is_writer():
         with files.staged(saved, last="tokenizer.json") as here:
-            tokenizer.save_pretrained(here)
+            weights.save_tokenizer(here, tokenizer)
 
     if config.model.name is not None:
         gpt2_config, params = weights.load_pretrained(config.model.name)
@@ -245,6 +245,9 @@ def fit(
         ]
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
+    def ids(batch: Batch) -> dict[str, list[list[int]]]:
+        return {"tokens": [row[kept].tolist() for row, kept in zip(batch.tokens, batch.attention_mask, strict=True)]}
+
     def is_evaluated(step: int) -> bool:
         return step % training.eval_every == 0 or step == steps
 
@@ -265,13 +268,17 @@ def fit(
                 line = {"epoch": finished / per_epoch, **jax.device_get(metrics)}
                 line = {name: run.plain(value) for name, value in line.items()}
             stop = stopping.wanted(now=line is not None)
-            if is_evaluated(finished) or stop:
+            bad = line is not None and line["bad_in_a_row"] >= training.max_bad_updates
+            if is_evaluated(finished) or stop or bad:
                 run.copy_logs(folder)
                 checkpoint.save(manager, finished, state, belongs_to, line)
             if line is not None:
                 complete(finished, line)
                 run.release_freed_memory()
                 advance(finished, **{k: v for k, v in line.items() if "loss" in k})
+            if bad and line is not None:
+                run.copy_logs(folder)
+                run.give_up(folder, stage, finished, line, ids(batch_of(step, mine)))
             if stop:
                 run.copy_logs(folder)
                 raise stopping.Stopped(f"{stage}: stopped by {stop} at step {finished} of {steps}, saved")

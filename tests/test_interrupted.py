@@ -4,6 +4,8 @@ The scripts run as real processes (forks of one that has imported everything: te
 its own process a signal in the midst of a rollout or of an evaluation; other signals come at random moments.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import random
@@ -23,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import train_sft  # noqa: E402
 
-from therapy_jax import batching, gpt2, sharding, stopping  # noqa: E402
-from therapy_jax.config import Config, MeshConfig, SFTConfig  # noqa: E402
+from therapy_jax import batching, gpt2, sft, sharding, stopping  # noqa: E402
+from therapy_jax.config import Config, ConfigError, MeshConfig, SFTConfig  # noqa: E402
 
 HOOK = """
 import inspect, json, os, signal, time
@@ -89,13 +91,13 @@ class Runs:
             bufsize=0,
         )
 
-    def start(self, script: str, run_dir: Path, signals: dict | None = None, **changes) -> int:
+    def start(self, script: str, run_dir: Path, signals: dict | None = None, kill_at: int = 0, **changes) -> int:
         """-> its process id; `ended` must be called before the next."""
         self.output = self.folder / f"{run_dir.name}.log"
         settings = {**self.settings, **changes, "run_dir": str(run_dir)}
         flags = [part for k, v in settings.items() for part in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
         ask = {"script": script, "flags": flags, "output": str(self.output),
-               "environment": {"SIGNALS": json.dumps(signals)}}  # fmt: skip
+               "environment": {"SIGNALS": json.dumps(signals), "FOLDER": str(run_dir), "KILL_AT": str(kill_at)}}  # fmt: skip
         self.server.stdin.write(json.dumps(ask).encode() + b"\n")
         return int(self.server.stdout.readline())
 
@@ -172,32 +174,38 @@ def beside(finished: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "kills", "stages"), [("train_sft", 12, ("base", "sft")), ("train_ppo", 8, ("ppo",))]
+    ("script", "kills", "stages"), [("train_sft", 10, ("base", "sft")), ("train_ppo", 10, ("ppo",))]
 )
 def test_killed_at_random_moments_it_ends_where_it_would_have(runs, finished, script, kills, stages):
-    """SIGKILL: every third in the midst of a save, seen by orbax's temporary folder, the others after a random time."""
-    moments = random.Random(stages[-1])
-    folder = runs.folder / f"killed_{script}"
-    folder = beside(finished, folder) if script == "train_ppo" else folder
+    """SIGKILL: every other time before a random file operation (most belong to saves), else after a random time. What was
+    killed is started again in the same folder; where it came to its end, a new folder is begun."""
+    moments = random.Random(script)
+    folders = (runs.folder / f"killed_{script}_{i}" for i in range(kills + 1))
+
+    def fresh() -> Path:
+        folder = next(folders)
+        return beside(finished, folder) if script == "train_ppo" else folder
+
     began = time.monotonic()
-    runs.run(script, beside(finished, runs.folder / "timed") if script == "train_ppo" else runs.folder / "timed_sft")
+    operations = int(runs.run(script, fresh()).split("file operations: ")[1])
     whole = time.monotonic() - began
-    killed = within_save = 0
+    assert operations > 100
+    folder, killed = fresh(), 0
     for attempt in range(kills):
-        pid = runs.start(script, folder)
-        deadline = time.monotonic() + moments.uniform(0, whole)
-        while not runs.has_ended():
-            saving = attempt % 3 == 0 and any(folder.glob("*/checkpoints/*tmp*"))
-            if saving or (attempt % 3 and time.monotonic() > deadline):
+        by_file = attempt % 2 == 0
+        pid = runs.start(script, folder, kill_at=moments.randint(1, operations // 2) if by_file else 0)
+        if not by_file:
+            time.sleep(moments.uniform(0, whole))  # the random moment itself
+            if not runs.has_ended():
                 os.kill(pid, signal.SIGKILL)
-                within_save += saving
-                break
-            time.sleep(0.001)  # polls a process that ends by itself
         code = runs.ended()
         assert code in (0, -signal.SIGKILL), runs.said()
         killed += code != 0
+        if code == 0:
+            assert_same(folder, finished, stages)
+            folder = fresh()
     runs.run(script, folder)
-    assert killed >= kills // 2 and within_save
+    assert killed >= kills // 2
     assert_same(folder, finished, stages)
 
 
@@ -312,3 +320,71 @@ def test_a_stage_that_crashes_and_is_called_again(tmp_path, crash_at):
         np.testing.assert_array_equal(a, b)
     found_lines, expected_lines = (lines(tmp_path / f / "metrics.jsonl") for f in ("again", "whole"))
     assert found_lines == expected_lines and [x["step"] for x in found_lines] == [1, 3, 4, 6, 8, 9]
+
+
+# ---------------------------------------------------------------------------------------------- updates that are not finite
+
+
+def poisoned() -> tuple[gpt2.GPT2Config, dict]:
+    """A model whose last position is NaN: texts of 16 tokens give NaN, shorter ones do not."""
+    sizes = gpt2.GPT2Config(vocab_size=120, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+    params = gpt2.init(sizes, jax.random.key(0))
+    return sizes, {**params, "wpe": params["wpe"].at[15].set(np.nan)}
+
+
+def texts(lengths: list[int]) -> list[np.ndarray]:
+    return [np.random.default_rng(i).integers(1, 120, (8, n)).astype(np.int32) for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(mesh):
+    """Good, bad, bad, good: the state is that of the good steps alone, but for the counts. One device, and eight."""
+    sizes, params = poisoned()
+    mesh = sharding.make_mesh(mesh)
+    model, tx = gpt2.GPT2(dataclasses.replace(sizes, mesh=mesh)), sft.optimizer(SFTConfig(), 10)
+
+    def run(lengths: list[int]):
+        state = sharding.make_state(mesh, functools.partial(sft.init_state, tx=tx), sharding.place(mesh, params))
+        step = jax.jit(functools.partial(sft.sft_step, model=model, tx=tx, cfg=SFTConfig()))
+        counts = []
+        for n in lengths:
+            batch = sharding.split_batch(mesh, batching.unsupervised(texts([n])[0]))
+            state, metrics = step(state, batch, jax.random.key(0))
+            counts.append((int(metrics["bad_in_a_row"]), int(metrics["bad_updates"])))
+            assert np.isfinite(metrics["loss"]) == (n < 16)
+        return state, counts
+
+    found, counts = run([12, 16, 16, 12])
+    expected, _ = run([12, 12])
+    assert counts == [(0, 0), (1, 1), (2, 2), (0, 2)] and int(found.step) == 4
+    for a, b in zip(jax.tree.leaves(found[:2]), jax.tree.leaves(expected[:2]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_too_many_in_a_row_end_the_run_with_the_state_saved_and_the_batch_written(tmp_path):
+    sizes, params = poisoned()
+    tokens = texts([12, 16, 12, 16, 16, 16, 12, 16, 12])
+    training = SFTConfig(epochs=1, batch_size=8, eval_every=100, log_every=1, max_bad_updates=2)
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+
+    def fit():
+        def batch_of(step: int, mine: np.ndarray):
+            return batching.unsupervised(tokens[step][mine])
+
+        validation = [batching.unsupervised(tokens[0])]
+        return train_sft.fit(
+            "sft", tmp_path, training, sizes, params, batch_of, 9, validation, mesh, Config(), ("seed",)
+        )
+
+    with pytest.raises(
+        ConfigError, match=r"sft: 2 updates in a row .* step 5 is saved, its batch is in .*bad_batch.json"
+    ):
+        fit()
+    written = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert (written["stage"], written["step"], written["tokens"]) == ("sft", 5, tokens[4].tolist())
+    with pytest.raises(ConfigError, match="sft: 3 updates in a row .* step 6"):
+        fit()  # the same command tries the batch that follows, and that is bad, too
+    fit()
+    logged = lines(tmp_path / "metrics.jsonl")
+    assert [x["step"] for x in logged] == list(range(1, 10))
+    assert [x["bad_updates"] for x in logged] == [0, 1, 1, 2, 3, 4, 4, 5, 5]

@@ -192,6 +192,28 @@ def test_update_stops_when_the_policy_has_moved_too_far():
     assert float(optax.tree.norm(jax.tree.map(jnp.subtract, stopped.params, state.params))) > 0
 
 
+@pytest.mark.parametrize("max_update_kl", [None, 1e9])
+def test_minibatches_that_are_not_finite_are_skipped_and_counted(max_update_kl):
+    """One prompt's advantages are NaN: of the four minibatches of each pass the one that holds it is left out. All: nothing
+    changes."""
+    cfg = dataclasses.replace(CFG, max_update_kl=max_update_kl)
+    state = make_state(cfg)
+    rollout, _ = make_rollout(state, cfg)
+    one = rollout._replace(advantages=rollout.advantages.at[3].set(np.nan))
+    found, metrics = update(state, one, cfg)
+    assert int(metrics["bad_updates"]) == int(found.bad_updates[1]) == cfg.epochs
+    counts = [
+        int(x) for x in jax.tree.leaves(optax.tree.get_all_with_path(found.opt_state, "count")) if np.ndim(x) == 0
+    ]
+    assert counts and set(counts) == {cfg.epochs * (cfg.minibatches - 1)}  # optimizer steps taken
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((found.params, metrics)))
+    none, metrics = update(state, rollout._replace(advantages=rollout.advantages * np.nan), cfg)
+    steps = cfg.epochs * cfg.minibatches
+    assert none.bad_updates.tolist() == [steps, steps] and metrics["bad_in_a_row"] == steps
+    for a, b in zip(jax.tree.leaves(none[:3]), jax.tree.leaves(state[:3]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_jitted_donated_and_sharded_equals_plain():
     state = make_state()
     state = state._replace(ref_params=perturbed(state.ref_params))

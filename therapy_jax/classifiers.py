@@ -382,6 +382,8 @@ def belongs_to(config: Config, params: Params) -> dict[str, Any]:
 
 def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
     """-> folder/model.safetensors, then folder/report.json: what is killed in between is not taken for whole."""
+    if (folder / "report.json").exists():  # of fewer heads, from before: it would belie the new file
+        (folder / "report.json").unlink()
     arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
     with staged(folder, last="report.json") as here:
         save_file({name: np.asarray(x) for name, x in arrays.items()}, here / "model.safetensors")

@@ -121,13 +121,24 @@ class TrainingConfig:
     """Optimizer steps between two lines of metrics.jsonl."""
     pad_to: int = 32
     """Batches are padded to a multiple of this many tokens: fewer shapes to compile against less padding."""
+    max_bad_updates: int = 5
+    """Updates in a row whose loss or gradients are not finite (each is skipped) after which the run ends, its state saved."""
 
     def __post_init__(self):
         require(
             self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
             f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})",
         )
-        for name in ("epochs", "batch_size", "learning_rate", "max_grad_norm", "eval_every", "log_every", "pad_to"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "max_grad_norm",
+            "eval_every",
+            "log_every",
+            "pad_to",
+            "max_bad_updates",
+        ):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
 
 
@@ -317,6 +328,8 @@ class PPOConfig:
     """Iterations between two evaluations on the same validation prompts, each with a checkpoint."""
     eval_prompts: int = 64
     """Validation prompts per evaluation."""
+    max_bad_updates: int = 5
+    """Updates in a row whose loss or gradients are not finite (each is skipped) after which the run ends, its state saved."""
     keep_best: str = "reward"
     """Validation metric by which the policy that is kept is chosen, such as `rougeL` or `meteor`; `-perplexity`: the lowest."""
 
@@ -355,6 +368,7 @@ class PPOConfig:
             "max_grad_norm",
             "eval_every",
             "eval_prompts",
+            "max_bad_updates",
         ):
             require(getattr(self, name) > 0, f"ppo.{name} must be above 0, not {getattr(self, name)}")
         require(

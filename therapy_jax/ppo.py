@@ -49,6 +49,9 @@ class PPOState(NamedTuple):
     kl_coef: Array  # f32[], beta
     reward_stats: RunningStats  # of each reward term
     step: Array  # i32[], iterations done
+    bad_updates: (
+        Array  # i32[2], minibatches skipped because loss or gradients were not finite: in a row until now, in all
+    )
 
 
 class Rollout(NamedTuple):
@@ -87,7 +90,9 @@ def init_state(
         value["trunk"] = jax.tree.map(jnp.copy, policy)
     params = {"policy": policy, "value": value}
     beta = jnp.float32(cfg.kl_coef)
-    return PPOState(params, jax.tree.map(jnp.copy, policy), tx.init(params), beta, stats, jnp.int32(0))
+    return PPOState(
+        params, jax.tree.map(jnp.copy, policy), tx.init(params), beta, stats, jnp.int32(0), jnp.zeros(2, jnp.int32)
+    )
 
 
 def read(
@@ -242,7 +247,8 @@ def ppo_update(
     Once the policy has moved by more than cfg.max_update_kl, the rest of the update leaves it as it is (no early exit: the
     program has one shape). In the first cfg.critic_warmup iterations the policy's gradients and updates are 0. Metrics are
     means over the steps that were taken; ratio_gap_start is the largest |ratio - 1| of the first one, before anything has
-    moved; skipped counts the steps left out.
+    moved; skipped counts the steps left out for the KL; those left out because loss or gradients were NaN or infinite are
+    counted in state.bad_updates.
     """
     prompts = rollout.prompt.tokens.shape[0]
     value_and_grad = jax.value_and_grad(ppo_loss, has_aux=True)
@@ -251,35 +257,38 @@ def ppo_update(
     def warm(tree):  # gradients, so that Adam's moments stay clean; updates, for the weight decay
         return {**tree, "policy": jax.tree.map(lambda x: x * policy_learns, tree["policy"])}
 
+    def update(grads, opt_state, params):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return warm(updates) if cfg.critic_warmup else updates, opt_state
+
     def take(x, indices):  # rows of these prompts, from [N, ...] or from [N * replies, ...]
         return x.reshape(prompts, -1, *x.shape[1:])[indices].reshape(-1, *x.shape[1:])
 
     def minibatch_step(carry, indices):
-        params, opt_state, stopped = carry
+        params, opt_state, stopped, bad_updates = carry
         part = jax.tree.map(lambda x: take(x, indices), rollout)
-        (_, metrics), grads = value_and_grad(params, part, model=model, cfg=cfg, temperature=temperature)
+        (loss, metrics), grads = value_and_grad(params, part, model=model, cfg=cfg, temperature=temperature)
+        grads = warm(grads) if cfg.critic_warmup else grads
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+        metrics = jax.tree.map(lambda x: jnp.where(good, x, 0.0), metrics)
         if cfg.max_update_kl is not None:
             stopped = stopped | (metrics["update_kl"] > cfg.max_update_kl)
-        grads = warm(grads) if cfg.critic_warmup else grads
-        updates, new_opt_state = tx.update(grads, opt_state, params)
-        new = optax.apply_updates(params, warm(updates) if cfg.critic_warmup else updates), new_opt_state
-        if cfg.max_update_kl is not None:  # else nothing ever stops, and all parameters need not be written twice
-            new = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), (params, opt_state), new)
-        params, opt_state = new
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "skipped": stopped.astype(jnp.float32)}
-        return (params, opt_state, stopped), metrics
+        params, opt_state = sft.update_if(good & ~stopped, update, grads, params, opt_state)
+        metrics |= {"skipped": stopped.astype(jnp.float32), "taken": (good & ~stopped).astype(jnp.float32)}
+        return (params, opt_state, stopped, sft.count_bad(bad_updates, good)), metrics
 
     def epoch(carry, epoch_key):
         order = jax.random.permutation(epoch_key, prompts).reshape(cfg.minibatches, -1)
         return jax.lax.scan(minibatch_step, carry, order)
 
-    start = (state.params, state.opt_state, jnp.bool_(False))
-    (params, opt_state, _), steps = jax.lax.scan(epoch, start, jax.random.split(key, cfg.epochs))
-    taken = 1.0 - steps.pop("skipped")
-    gap = steps.pop("ratio_gap")
+    start = (state.params, state.opt_state, jnp.bool_(False), state.bad_updates)
+    (params, opt_state, _, bad_updates), steps = jax.lax.scan(epoch, start, jax.random.split(key, cfg.epochs))
+    taken, skipped, gap = steps.pop("taken"), steps.pop("skipped"), steps.pop("ratio_gap")
     metrics = {name: (x * taken).sum() / jnp.maximum(taken.sum(), 1.0) for name, x in steps.items()}
-    metrics |= {"ratio_gap_start": gap[0, 0], "ratio_gap": gap.max(), "skipped": (1.0 - taken).sum()}
-    return state._replace(params=params, opt_state=opt_state), metrics
+    metrics |= {"ratio_gap_start": gap[0, 0], "ratio_gap": gap.max(), "skipped": skipped.sum()}
+    metrics |= {"bad_in_a_row": bad_updates[0], "bad_updates": bad_updates[1]}
+    return state._replace(params=params, opt_state=opt_state, bad_updates=bad_updates), metrics
 
 
 def adapt_kl_coef(kl_coef: Array, kl: Array, replies: int, *, cfg: PPOConfig) -> Array:

@@ -28,7 +28,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -366,6 +366,20 @@ def check_finite(metrics: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{what} is {value}; lower the learning rate, or start again from the last checkpoint in another run_dir"
             )
+
+
+def give_up(folder: Path, stage: str, step: int, line: Mapping[str, Any], batch: Mapping[str, Any]) -> NoReturn:
+    """Raises ConfigError: too many updates in a row were skipped. The state is saved and the line logged; the last batch goes
+    to bad_batch.json."""
+    from therapy_jax import processes
+
+    if processes.is_writer():
+        write_json(folder / "bad_batch.json", {"stage": stage, "step": step, **batch})
+    raise ConfigError(
+        f"{stage}: {line['bad_in_a_row']:.0f} updates in a row had a loss or gradients that are not finite, and were skipped; the "
+        f"state of step {step} is saved, its batch is in {folder / 'bad_batch.json'}. The same command tries the batches that "
+        "follow; if all are bad, lower the learning rate, in another run_dir"
+    )
 
 
 def plain(value: Any) -> Any:

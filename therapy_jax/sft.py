@@ -7,6 +7,7 @@ Pre-training on plain dialogue is the same step; only the batch says which token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     step: Array  # i32[], optimizer steps done
+    bad_updates: Array  # i32[2], skipped because loss or gradients were not finite: in a row until now, in all
 
 
 def decayed(params: Params) -> Params:
@@ -60,7 +62,25 @@ def optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransformatio
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(params, tx.init(params), jnp.int32(0))
+    return TrainState(params, tx.init(params), jnp.int32(0), jnp.zeros(2, jnp.int32))
+
+
+def update_if(
+    good: Array, update: Callable[..., tuple[Any, Any]], grads: Params, params: Params, opt_state: Any
+) -> tuple[Params, Any]:
+    """-> (params, opt_state) after an optimizer step, or as they were where `good` (bool[]) is False. A branch and not a
+    choice between two results: that would write every parameter twice."""
+
+    def step():
+        updates, new_opt_state = update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), new_opt_state
+
+    return jax.lax.cond(good, step, lambda: (params, opt_state))
+
+
+def count_bad(bad_updates: Array, good: Array) -> Array:
+    """i32[2] (in a row, in all) after one more update."""
+    return jnp.where(good, bad_updates * jnp.array([0, 1]), bad_updates + 1)
 
 
 def negative(logprobs: Array, entropy: Array) -> Array:
@@ -98,7 +118,9 @@ def sft_step(
 
     With accumulate > 1 the batch is walked in equal parts, one after the other: sums of losses and gradients are carried,
     and divided by the tokens of the whole batch at the end, so that the step equals that of the undivided batch (without
-    dropout, exactly but for rounding). Metrics: loss (nats per supervised token), tokens, grad_norm (before clipping).
+    dropout, exactly but for rounding). Where the loss or a gradient is NaN or infinite, parameters and moments stay as they
+    are, and the step is counted. Metrics: loss (nats per supervised token), tokens, grad_norm (before clipping), bad_updates
+    (in all), bad_in_a_row.
     """
     key = jax.random.fold_in(key, state.step)
     # Part i is every accumulate-th row from i on: so each device has its share of every part.
@@ -115,7 +137,10 @@ def sft_step(
     tokens = jnp.maximum(tokens, 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    grad_norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = update_if(good, tx.update, grads, state.params, state.opt_state)
+    bad_updates = count_bad(state.bad_updates, good)
+    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": grad_norm}
+    metrics |= {"bad_in_a_row": bad_updates[0], "bad_updates": bad_updates[1]}
+    return TrainState(params, opt_state, state.step + 1, bad_updates), metrics

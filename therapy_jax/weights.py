@@ -12,12 +12,13 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from therapy_jax import processes
@@ -216,10 +217,23 @@ def write(folder: Path, config: GPT2Config, params: Params, tokenizer: Any) -> N
     }
     (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(folder, tokenizer)
     partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, in its own words
+        raise WeightsError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from error
     os.replace(partial, folder / "model.safetensors")
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Its files each by rename, tokenizer.json last: where that one is, all are, and whole."""
+    made = folder / "tokenizer.partial"
+    shutil.rmtree(made, ignore_errors=True)
+    tokenizer.save_pretrained(made)
+    for path in sorted(made.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+        os.replace(path, folder / path.name)
+    made.rmdir()
 
 
 def resize_vocabulary(config: GPT2Config, params: Params, vocab_size: int) -> tuple[GPT2Config, Params]:
