@@ -7,7 +7,6 @@ program does not fit, 2 where the question is wrong. Every setting of the config
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -30,24 +29,31 @@ def main(config: Config, asked: argparse.Namespace) -> bool:
     mesh = sharding.make_mesh(config.mesh, aot.topology_devices(asked.topology))
     chip = aot.CHIPS.get(mesh.devices.flat[0].device_kind)
     if chip is None and asked.largest:
-        raise ConfigError(f"--largest: the memory of a {mesh.devices.flat[0].device_kind} is not written down in aot.CHIPS")
+        raise ConfigError(
+            f"--largest: the memory of a {mesh.devices.flat[0].device_kind} is not written down in aot.CHIPS"
+        )
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     console.print(f"[bold]aot_check[/]: {escape(asked.topology)}, {mesh.size} chips, {axes}")
     known, reports = aot.programs(config, mesh), []
     for name in asked.programs:
         program = known[name]
         batch = program.batch_size
-        sharding.check_divides(batch // (program.multiple // sharding.row_shards(mesh)), mesh, f"{name}: the batch {batch}, in parts,")
+        sharding.check_divides(
+            batch // (program.multiple // sharding.row_shards(mesh)), mesh, f"{name}: the batch {batch}, in parts,"
+        )
         report = measure(program, batch, mesh, config, asked)
         reports.append(report)
         if asked.largest:
             assert chip is not None
             reports.append(largest(program, report, mesh, chip.memory, config, asked))
     console.print(table(reports, chip))
+    for report in reports:
+        if report.fits:
+            console.print(told(report, chip))
     return all(report.fits for report in reports if report.batch == known[report.program].batch_size)
 
 
-def measure(program: Any, batch: int, mesh: Any, config: Config, asked: argparse.Namespace) -> Any:
+def measure(program: Any, batch: int, mesh: Any, config: Config, asked: argparse.Namespace, **more: Any) -> Any:
     """Compile, and add a line to --out: a long series loses nothing."""
     from therapy_jax import aot
 
@@ -57,7 +63,7 @@ def measure(program: Any, batch: int, mesh: Any, config: Config, asked: argparse
         path = Path(asked.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {
-            "topology": asked.topology, "mesh": dict(mesh.shape), "model": config.model.name or "from scratch",
+            "topology": asked.topology, "chips": mesh.size, **more, "mesh": dict(mesh.shape), "model": config.model.name or "from scratch",
             "remat": config.model.remat, "prompt": config.prompt.max_tokens, "reply": config.sampling.max_new_tokens,
             "row_tokens": config.sft.row_tokens, "value_head": config.ppo.value_head, **report._asdict(),
         }  # fmt: skip
@@ -90,21 +96,66 @@ def largest(program: Any, first: Any, mesh: Any, memory: float, config: Config, 
     return best
 
 
+def scaling(config: Config, asked: argparse.Namespace) -> bool:
+    """The SFT step on slices of 4 to 256 chips: so many rows a chip, and so many rows in all (both from --scaling). What --out
+    holds already is not compiled again."""
+    import aot_scaling  # scripts/aot_scaling.py
+
+    from therapy_jax import aot, sharding
+
+    each, together = asked.scaling
+    out = Path(asked.out or "results/aot_scaling.jsonl")
+    asked.out = str(out)
+    for topology in SCALING:
+        asked.topology = topology
+        mesh = sharding.make_mesh(config.mesh, aot.topology_devices(topology))
+        program = aot.programs(config, mesh)["sft"]
+        for kind, batch in (("weak", each * mesh.size), ("strong", together)):
+            done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+            if not any(line.get("kind") == kind and line["topology"] == topology for line in done):
+                measure(program, batch, mesh, config, asked, kind=kind)
+    lines = [line for line in map(json.loads, out.read_text().splitlines()) if line.get("kind")]
+    picture = str(out.with_suffix(".png"))
+    aot_scaling.draw(lines, aot.CHIPS["TPU v5 lite"], picture)
+    console.print(f"drawn: {escape(picture)}")
+    return all(line["fits"] for line in lines)
+
+
 def table(reports: list[Any], chip: Any) -> Any:
     from rich.table import Table
 
-    shown = Table(title="bytes of one chip, in MB" + (f"; it has {chip.memory / MB:,.0f}" if chip else ""))
-    for name in ("program", "batch", "fits", "arguments", "temporaries", "in place", "total"):
+    shown = Table(title="MB of one chip" + (f", which has {chip.memory / MB:,.0f}" if chip else ""))
+    for name in (
+        "program",
+        "batch",
+        "fits",
+        "arguments",
+        "temporary",
+        "in place",
+        "total",
+        "sent",
+        "TFLOP",
+        "compiled",
+    ):
         shown.add_column(name, justify="left" if name == "program" else "right")
-    for name in ("collectives", "sent", "TFLOP", "compiled"):
-        shown.add_column(name, justify="right")
     for r in reports:
-        kinds = "\n".join(f"{count} {kind} {r.sent[kind] / MB:,.0f}" for kind, count in sorted(r.count.items()))
-        sent = f"{sum(r.sent.values()) / MB:,.0f}" + (f"\nup to {r.uncertain / MB:,.0f}\nby data" if r.uncertain > MB else "")
-        sizes = [f"{x / MB:,.0f}" for x in (r.arguments, r.temporaries, r.aliased, r.total)]
+        sizes = [f"{x / MB:,.0f}" for x in (r.arguments, r.temporaries, r.aliased, r.total, sum(r.sent.values()))]
         fits = "[green]yes[/]" if r.fits else "[red]no[/]"
-        shown.add_row(r.program, str(r.batch), fits, *sizes, kinds, sent, f"{r.flops / 1e12:,.1f}", f"{r.seconds:.0f} s")
+        shown.add_row(r.program, str(r.batch), fits, *sizes, f"{r.flops / 1e12:,.1f}", f"{r.seconds:.0f} s")
     return shown
+
+
+def told(report: Any, chip: Any) -> str:
+    """What a program sends, and the least time that its products and the links take at the chip's public rates."""
+    kinds = ", ".join(
+        f"{count} {kind} ({report.sent[kind] / MB:,.0f} MB)" for kind, count in sorted(report.count.items())
+    )
+    depends = f"; up to {report.uncertain / MB:,.0f} MB of it as the data has it" if report.uncertain > MB else ""
+    rates = ""
+    if chip is not None:
+        products, links = report.flops / chip.flops, sum(report.sent.values()) / chip.link
+        rates = f"; at least {products * 1e3:,.1f} ms of products, {links * 1e3:,.1f} ms of links"
+    return f"{report.program}, batch {report.batch}: {kinds or 'no collectives'}{depends}{rates}"
 
 
 def parse() -> tuple[argparse.Namespace, Config]:
@@ -112,6 +163,13 @@ def parse() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:2x4, v6e:4x4")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits")
+    parser.add_argument(
+        "--scaling",
+        nargs=2,
+        type=int,
+        metavar=("ROWS_A_CHIP", "ROWS"),
+        help="the SFT step on 4 to 256 chips instead, drawn",
+    )
     parser.add_argument("--out", help="JSON Lines file that gets a line for each compiled program")
     parser.add_argument("--text", help="folder for the compiled programs' text (XLA's HLO)")
     asked, rest = parser.parse_known_args()
@@ -125,7 +183,7 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is to be asked of a TPU that may be here; its compiler is enough
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no chip to fight over
     try:
-        sys.exit(0 if main(config, asked) else 1)
+        sys.exit(0 if (scaling if asked.scaling else main)(config, asked) else 1)
     except ConfigError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)

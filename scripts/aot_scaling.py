@@ -17,10 +17,16 @@ def draw(lines: list[dict[str, Any]], chip: Any, path: str) -> None:
         rows = sorted((row for row in lines if row["kind"] == kind and row["fits"]), key=lambda row: row["chips"])
         chips = [row["chips"] for row in rows]
         sent = [sum(row["sent"].values()) for row in rows]
-        label = f"{kind}: {rows[0]['batch'] // rows[0]['chips']} rows a chip" if kind == "weak" else f"{kind}: {rows[0]['batch']} rows"
+        label = (
+            f"{kind}: {rows[0]['batch'] // rows[0]['chips']} rows a chip"
+            if kind == "weak"
+            else f"{kind}: {rows[0]['batch']} rows"
+        )
         memory.plot(chips, [row["total"] / 2**30 for row in rows], style, label=label)
         traffic.plot(chips, [s / 1e9 for s in sent], style, label=label)
-        times.plot(chips, [row["flops"] / chip.flops * 1e3 for row in rows], style, color="tab:blue", label=f"products, {kind}")
+        times.plot(
+            chips, [row["flops"] / chip.flops * 1e3 for row in rows], style, color="tab:blue", label=f"products, {kind}"
+        )
         times.plot(chips, [s / chip.link * 1e3 for s in sent], style, color="tab:red", label=f"links, {kind}")
     memory.axhline(chip.memory / 2**30, color="grey", linewidth=0.8)
     memory.set(title="memory of one chip", ylabel="GiB")

@@ -92,7 +92,9 @@ def topology_devices(name: str) -> list[Any]:
             raise ConfigError(
                 "compiling for a TPU needs libtpu, which is not installed: pip install 'therapy_jax[tpu]'"
             ) from error
-        raise ConfigError(f"topology {name!r} is not one that libtpu knows, such as v5e:2x4 or v6e:4x4 ({told})") from error
+        raise ConfigError(
+            f"topology {name!r} is not one that libtpu knows, such as v5e:2x4 or v6e:4x4 ({told})"
+        ) from error
 
 
 def has_libtpu() -> bool:
@@ -198,9 +200,7 @@ def programs(config: Config, mesh: Mesh) -> dict[str, Program]:
         numbers, mask = rows(mesh, batch, length), rows(mesh, batch, length, dtype=bool)
         layout = gpt2.Layout(*(numbers for _ in range(4))) if config.sft.row_tokens else None
         out = (sharding.shardings(mesh, state), None)
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(
-            state, Batch(numbers, mask, mask, layout), key
-        )
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, Batch(numbers, mask, mask, layout), key)
 
     def lower_sampler(batch: int):
         sample = functools.partial(generate, model=quiet, cfg=config.sampling, times=replies)

@@ -52,7 +52,9 @@ class GPT2Config:
     eos_token_id: int = 50256
     dropout: float = 0.0  # one rate for embeddings, attention and residuals; off unless a key is given
     compute_dtype: str = "float32"  # of the matrix products; parameters, softmax and losses are float32
-    remat: bool = False  # a backward pass computes each block again: it keeps one [B, T, D] a block, and takes a third longer
+    remat: bool = (
+        False  # a backward pass computes each block again: it keeps one [B, T, D] a block, and takes a third longer
+    )
     mesh: Mesh | None = None  # of the devices that arrays are split over (sharding.py); None = one device
 
     @property

@@ -32,7 +32,9 @@ class Collective(NamedTuple):
     kind: str  # of KINDS
     bytes: float  # sent by one chip each time
     times: int  # how often it runs, as far as the loops around it say
-    certain: bool  # False: in a loop whose trips depend on data; `times` counts their limit, or one trip where none is known
+    certain: (
+        bool  # False: in a loop whose trips depend on data; `times` counts their limit, or one trip where none is known
+    )
 
 
 def collectives(text: str) -> list[Collective]:
@@ -72,7 +74,9 @@ def _walk(
                 if chain.group(1) in seen:
                     continue
                 seen.add(chain.group(1))
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a TPU's reduce-scatter: the sum, then a slice
+            if kind == "all-reduce" and name.startswith(
+                "all-reduce-scatter"
+            ):  # a TPU's reduce-scatter: the sum, then a slice
                 kind = "reduce-scatter"
                 sent = _size(result) / _group(line, chips)
             else:
@@ -147,7 +151,9 @@ def _constants(lines: list[str]) -> dict[str, int]:
 def _index(condition: list[str], name: str) -> int:
     """Which part of the loop's tuple the condition compares."""
     for line in condition:
-        if re.match(rf"^\s+%?{re.escape(name)} = ", line) and (place := re.search(r"index=(\d+)", line.split("(", 1)[1])):
+        if re.match(rf"^\s+%?{re.escape(name)} = ", line) and (
+            place := re.search(r"index=(\d+)", line.split("(", 1)[1])
+        ):
             return int(place.group(1))
     return 0
 
