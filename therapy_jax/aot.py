@@ -138,7 +138,7 @@ def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
 
 
-def shape_of(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def shape_of(*shape: int, dtype: Any = jnp.float32) -> Any:  # an array, as far as a type checker is to know
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
