@@ -58,6 +58,7 @@ def measure(program: Any, batch: int, mesh: Any, config: Config, asked: argparse
     from therapy_jax import aot
 
     console.print(f"compiling {program.name} at batch {batch} ...")
+    chip = aot.CHIPS.get(mesh.devices.flat[0].device_kind)
     report, text = aot.compile_program(program, batch, mesh)
     if asked.out:
         path = Path(asked.out)
@@ -66,6 +67,8 @@ def measure(program: Any, batch: int, mesh: Any, config: Config, asked: argparse
             "topology": asked.topology, "chips": mesh.size, **more, "mesh": dict(mesh.shape), "model": config.model.name or "from scratch",
             "remat": config.model.remat, "prompt": config.prompt.max_tokens, "reply": config.sampling.max_new_tokens,
             "row_tokens": config.sft.row_tokens, "value_head": config.ppo.value_head, **report._asdict(),
+            "products": report.flops / chip.flops if chip else 0.0,
+            "links": sum(report.sent.values()) / chip.link if chip else 0.0,
         }  # fmt: skip
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -158,6 +161,32 @@ def told(report: Any, chip: Any) -> str:
     return f"{report.program}, batch {report.batch}: {kinds or 'no collectives'}{depends}{rates}"
 
 
+def markdown(path: Path) -> str:
+    """The lines of --out as a table: of each program the largest batch that fits, and the smallest that does not."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    cells: dict[tuple[Any, ...], list[Any]] = {}
+    for x in lines:
+        remat = ", remat" if x["remat"] and x["program"] != "sampler" else ""
+        critic = f", {x['value_head']} critic" if x["program"] == "ppo" else ""
+        shape = f"{x['row_tokens']}" if x["program"] == "sft" else f"{x['prompt']} + {x['reply']}"
+        what = f"{x['program']}, {shape} tokens{remat}{critic}"
+        cells.setdefault((x["model"], x["topology"], "×".join(map(str, x["mesh"].values())), what), []).append(x)
+    rows = [
+        "| model | topology | mesh | program | batch | GB a chip | sent | products / links, at least | does not fit |"
+    ]
+    rows.append("|---|---|---|---|---:|---:|---:|---:|---:|")
+    for key, of in cells.items():
+        best = max((x for x in of if x["fits"]), key=lambda x: x["batch"], default=None)
+        beyond = min((x["batch"] for x in of if not x["fits"]), default="")
+        shown = ["none", "", "", ""]
+        if best is not None:
+            sent = sum(best["sent"].values())
+            times = f"{best['products'] * 1e3:,.0f} / {best['links'] * 1e3:,.0f} ms" if best["products"] else ""
+            shown = [f"{best['batch']:,}", f"{best['total'] / 1e9:.1f}", f"{sent / 1e9:.2f} GB", times]
+        rows.append("| " + " | ".join([*key, *shown, str(beyond)]) + " |")
+    return "\n".join(rows)
+
+
 def parse() -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology", default="v5e:2x4", help="such as v5e:2x4, v6e:4x4")
@@ -171,6 +200,7 @@ def parse() -> tuple[argparse.Namespace, Config]:
         help="the SFT step on 4 to 256 chips instead, drawn",
     )
     parser.add_argument("--out", help="JSON Lines file that gets a line for each compiled program")
+    parser.add_argument("--table", metavar="FILE.jsonl", help="compile nothing: what --out wrote, as a table")
     parser.add_argument("--text", help="folder for the compiled programs' text (XLA's HLO)")
     asked, rest = parser.parse_known_args()
     if {"-h", "--help"} & set(rest):
@@ -180,6 +210,9 @@ def parse() -> tuple[argparse.Namespace, Config]:
 
 if __name__ == "__main__":
     asked, config = parse()
+    if asked.table:
+        print(markdown(Path(asked.table)))
+        sys.exit(0)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is to be asked of a TPU that may be here; its compiler is enough
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no chip to fight over
     try:
