@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from therapy_jax.flops import Size, forward_flops, generation_flops, ppo_flops, training_flops
+
+# What the work costs is the same count for both sides of a row, whatever each of them does beyond it.
+
 HYPER_SFT = {"learning_rate": 1e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}
 HYPER_PPO = {
     "learning_rate": 1e-4, "kl_coef": 0.05, "clip": 0.2, "value_clip": 0.2, "value_coef": 0.1, "gamma": 1.0, "lam": 0.95,
@@ -14,15 +18,6 @@ HYPER_PPO = {
 }  # fmt: skip
 
 # ---- sizes and shapes
-
-
-class Size(NamedTuple):
-    """Of a model: L layers, D width, H heads, V words in the vocabulary."""
-
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int = 50_257
 
 
 class Shapes(NamedTuple):
@@ -44,45 +39,6 @@ QUICK_SHAPES = Shapes(sft=(8, 64), generate=(8, 32, 32), ppo=(8, 32, 16, 2, 2), 
 TINY = Size(2, 64, 2, 1000), Shapes(  # --sizes tiny: every model is this one, to try the whole thing in a minute
     sft=(4, 32), generate=(4, 8, 8), ppo=(8, 8, 8, 2, 2), memory=(4, 32), rewards=(16, 12)
 )  # fmt: skip
-
-
-# ---- what the work costs: the same count for both sides of a row, whatever each of them does beyond it
-
-
-def forward_flops(size: Size, tokens: int, seen: int, predicted: int) -> float:
-    """FLOPs of one forward pass. A multiply-add is two, and nothing but matrix products counts.
-
-    A block has 12 D^2 weights in its matrices (query, key, value and output: 4 D^2; the MLP of width 4 D: 8 D^2), each used
-    once a token: 2 * 12 L D^2 a token. Attention takes two products of length D for each pair of a token and a place that
-    it sees (q k, and weights v): 4 L D a pair; `seen` is the number of pairs. The head is used where something is
-    predicted: 2 V D each.
-    """
-    blocks = 2 * 12 * size.layers * size.width**2 * tokens
-    pairs = 4 * size.layers * size.width * seen
-    return float(blocks + pairs + 2 * size.vocabulary * size.width * predicted)
-
-
-def training_flops(size: Size, batch: int, length: int) -> float:
-    """One SFT step. The backward pass makes two products for each of the forward one: 3 times the forward pass, which is
-    6 (12 L D^2 + V D) tokens + 12 L T D tokens. Every pair of places counts, though causal attention needs half of them:
-    that is how the utilisation of training is usually stated."""
-    tokens = batch * length
-    return 3 * forward_flops(size, tokens, tokens * length, tokens)
-
-
-def generation_flops(size: Size, batch: int, prompt: int, new: int) -> float:
-    """P prompt tokens at once, then each new one but the last, with all places before it in a cache."""
-    decoded = sum(prompt + i for i in range(1, new))
-    return batch * forward_flops(size, prompt + new - 1, prompt * prompt + decoded, new)
-
-
-def ppo_flops(size: Size, batch: int, prompt: int, new: int, epochs: int, separate_critic: bool) -> float:
-    """Generation, the reference's and the critic's reading of prompt and reply, and `epochs` passes of training. The old
-    log-probs come with the sampled tokens and cost nothing more. A critic on the policy's own hidden states is free."""
-    tokens = prompt + new
-    policy = forward_flops(size, tokens, tokens * tokens, new)
-    critic = forward_flops(size, tokens, tokens * tokens, 0) if separate_critic else 0.0
-    return generation_flops(size, batch, prompt, new) + batch * (policy + critic + 3 * epochs * (policy + critic))
 
 
 # ---- rows

@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     state = sharding.make_state(mesh, make, sharding.place(mesh, params))
     sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
-    same_anywhere = dataclasses.replace(gpt2_config, mesh=None)  # a run may go on with another number of devices
+    same_anywhere = dataclasses.replace(gpt2_config, mesh=None, remat=False)  # a run may go on with other devices
     belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings}
     best_metric, mode = (
         f"validation/{cfg.keep_best.removeprefix('-')}",

@@ -56,6 +56,9 @@ class ModelConfig:
     """Dropout rate in pre-training and SFT, on embeddings, attention and residuals. PPO always runs without."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the matrix products; auto = bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
+    remat: bool = False
+    """Training computes each block a second time in its backward pass instead of keeping what is inside: larger batches, a
+    third more work."""
 
     def __post_init__(self):
         require(

@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from therapy_jax.sharding import constrain, gathered
@@ -51,6 +52,9 @@ class GPT2Config:
     eos_token_id: int = 50256
     dropout: float = 0.0  # one rate for embeddings, attention and residuals; off unless a key is given
     compute_dtype: str = "float32"  # of the matrix products; parameters, softmax and losses are float32
+    remat: bool = (
+        False  # a backward pass computes each block again: it keeps one [B, T, D] a block, and takes a third longer
+    )
     mesh: Mesh | None = None  # of the devices that arrays are split over (sharding.py); None = one device
 
     @property
@@ -217,7 +221,7 @@ class GPT2(nn.Module):
 
         def step(carry, layer):
             x_BTD, kv = carry
-            p, i = gathered(layer[0], c.mesh, stacked=True), layer[1]
+            p, i = gathered(layer[0], c.mesh, jnp.dtype(c.compute_dtype), stacked=True), layer[1]
             block_key, attention_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
 
             def attend(q_BHTK, k_BHTK, v_BHTK):
@@ -228,11 +232,21 @@ class GPT2(nn.Module):
                         for old, new in zip(kv, (k_BHTK, v_BHTK), strict=True)
                     )
                     k_BHTK, v_BHTK = kv[0][i], kv[1][i]
-                return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
+                mixed_BHTK = attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
+                return checkpoint_name(mixed_BHTK, "mixed")
 
             x_BTD = constrain(block(c, p, x_BTD, attend, block_key), "rows", c.mesh)
             return (x_BTD, kv), None
 
+        if c.remat or (c.mesh is not None and c.mesh.size > 1):
+            # A scan keeps for its backward pass what the blocks' products read: with fsdp the gathered parameters too, of all
+            # blocks the whole model. So they are gathered again, and of a block only what its products gave is kept.
+            keep = jax.checkpoint_policies
+            products = keep.save_from_both_policies(
+                keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("mixed")
+            )
+            policy = None if c.remat else products
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         kv = None if cache is None else (cache.k, cache.v)
         (x_BTD, kv), _ = jax.lax.scan(step, (x_BTD, kv), (self.blocks, jnp.arange(c.n_layer)))
         hidden_BTD = layer_norm(x_BTD, self.ln_f, c.layer_norm_epsilon)

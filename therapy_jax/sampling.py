@@ -21,7 +21,7 @@ from therapy_jax.batching import Prompt
 from therapy_jax.config import SamplingConfig
 from therapy_jax.gpt2 import Array, Params, hidden
 from therapy_jax.head import Spec, head_loss, pick, temper
-from therapy_jax.sharding import constrain
+from therapy_jax.sharding import constrain, gathered
 
 BLOCK = 64  # of the vocabulary, whose padded size is a multiple of 128
 
@@ -151,6 +151,8 @@ def generate(
         raise ValueError(
             f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions"
         )
+    # Once, and not for every token again: that would be the whole model over the links for one token of each row.
+    params = gathered(params, config.mesh, jnp.dtype(config.compute_dtype))
     row_keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
 
     def choose(step, logits):

@@ -14,10 +14,11 @@ Several processes, each with its own devices, run the same program on one mesh: 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -83,10 +84,10 @@ def connect(config: MeshConfig) -> None:
         timer.cancel()
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The axes data, fsdp, tensor over all devices, or the first data * fsdp * tensor of them; -1 takes what is left.
-    Raises ConfigError where the devices do not suffice or do not divide."""
-    devices = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The axes data, fsdp, tensor over all devices, or the first data * fsdp * tensor of them; -1 takes what is left. devices:
+    others than those that are here. Raises ConfigError where the devices do not suffice or do not divide."""
+    devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in ("data", "fsdp", "tensor")}
     said = ", ".join(f"mesh.{name} {size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
@@ -157,18 +158,34 @@ def constrain(tree: T, name: str, mesh: Mesh | None) -> T:
     return jax.tree.map(lay_out, tree)
 
 
-def gathered(tree: T, mesh: Mesh | None, stacked: bool = False) -> T:
-    """Parameters as they are used: whole along fsdp, split along tensor still. stacked: a single block, its leading axis
-    taken off by a scan. The gradient goes back in parts: the transpose of gathering is to sum and scatter."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _fetched(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+# The transpose of a constraint is the same constraint: left to itself, a kernel's gradient is summed whole on every device.
+_fetched.defvjp(
+    lambda x, used, stored: (jax.lax.with_sharding_constraint(x, used), None),
+    lambda used, stored, _, grad: (jax.lax.with_sharding_constraint(grad, stored),),
+)
+
+
+def gathered(tree: T, mesh: Mesh | None, dtype: Any = None, stacked: bool = False) -> T:
+    """Parameters as they are used: whole along fsdp, split along tensor still. dtype: kernels travel in it (half the bytes in
+    bfloat16). Their gradients go back in parts: the transpose of gathering is to sum and scatter. stacked: a single block,
+    its leading axis taken off by a scan."""
     if mesh is None or mesh.size == 1:
         return tree
 
-    def lay_out(path, x):
-        axes = axes_of(path)[1:] if stacked else axes_of(path)
-        spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    def fetch(path, x):
+        stored = axes_of(path)[1:] if stacked else axes_of(path)
+        used = NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in stored)))
+        if path[-1].key != "kernel":
+            return jax.lax.with_sharding_constraint(x, used)
+        x = x if dtype is None else x.astype(dtype)
+        return _fetched(x, used, NamedSharding(mesh, PartitionSpec(*stored)))
 
-    return jax.tree_util.tree_map_with_path(lay_out, tree)
+    return jax.tree_util.tree_map_with_path(fetch, tree)
 
 
 # ---------------------------------------------------------------------------------------------- between host and devices

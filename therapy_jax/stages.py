@@ -28,7 +28,8 @@ def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]
     path = fetched(path)
     gpt2_config, params = weights.load_pretrained(path)
     mesh = sharding.make_mesh(config.mesh)
-    gpt2_config = dataclasses.replace(gpt2_config, compute_dtype=run.compute_dtype(config), mesh=mesh)
+    how = {"compute_dtype": run.compute_dtype(config), "remat": config.model.remat, "mesh": mesh}
+    gpt2_config = dataclasses.replace(gpt2_config, **how)
     sharding.check_model(mesh, gpt2_config.split_sizes)
     return gpt2_config, params, prompts.load_tokenizer(path)
 

@@ -49,7 +49,7 @@ NAMES = {
     ("blocks", "mlp_proj", "bias"): "mlp.c_proj.bias",
 }
 
-NOT_SAVED = {"dropout", "compute_dtype", "mesh"}  # how a model is trained and computed, not what it is
+NOT_SAVED = {"dropout", "compute_dtype", "remat", "mesh"}  # how a model is trained and computed, not what it is
 
 
 def read_config(folder: Path) -> GPT2Config:
