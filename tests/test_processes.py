@@ -56,7 +56,8 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
             running = start(script, tmp_path / name, processes, devices, **changes)
             said = [process.communicate(timeout=900)[0] for process in running]
             assert [process.returncode for process in running] == [0] * processes, said[-1][-3000:]
-            assert all(not text.strip() for text in said[1:]) or processes == 1, said[1][-2000:]
+            for text in said[1:]:  # the second process says nothing of its own
+                assert all("Gloo" in line or "peer ranks" in line for line in text.splitlines()), text[-2000:]
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert one.keys() == two.keys()
     for key in [key for key in one if key[0] in ("base", "sft")][:10]:

@@ -413,9 +413,13 @@ def progress(stage: str, total: int, done: int = 0, at_first: str = "compiling .
         if now - shown >= 10 or step == total:
             shown = now
             left = (now - began) / max(step - done, 1) * (total - step)
-            print(f"{stage} {step}/{total}  {show(numbers)}  {now - began:.0f} s, {left:.0f} s left", flush=True)
+            say(f"{stage} {step}/{total}  {show(numbers)}  {now - began:.0f} s, {left:.0f} s left")
 
-    print(f"{stage} {done}/{total}  {at_first}", flush=True)
+    def say(line: str) -> None:
+        if not console.quiet:
+            print(line, flush=True)
+
+    say(f"{stage} {done}/{total}  {at_first}")
     yield advance
 
 
