@@ -109,6 +109,7 @@ class Runs:
 
     def run(self, script: str, run_dir: Path, signals: dict | None = None, code: int = 0, **changes) -> str:
         """-> what it said."""
+        self.output = self.folder / f"{run_dir.name}.log"
         before = len(self.said())
         self.start(script, run_dir, signals, **changes)
         found, said = self.ended(), self.said()[before:]
@@ -116,7 +117,7 @@ class Runs:
         return said
 
     def said(self) -> str:
-        return self.output.read_text() if hasattr(self, "output") and self.output.exists() else ""
+        return self.output.read_text() if self.output.exists() else ""
 
 
 @pytest.fixture(scope="module")
