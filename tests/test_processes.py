@@ -69,7 +69,8 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
     results = [json.loads((tmp_path / name / "results.json").read_text())["systems"] for name in ("one", "two")]
     for system in ("base", "sft", "ppo"):
         np.testing.assert_allclose(results[1][system]["perplexity"], results[0][system]["perplexity"], rtol=1e-3)
-    assert results[0]["retrieval"] == pytest.approx(results[1]["retrieval"], rel=1e-4, abs=1e-5)
+    for name in ("bleu", "rouge1", "rouge2", "rougeL", "distinct2", "reply_words"):  # of words alone
+        assert results[0]["retrieval"][name] == results[1]["retrieval"][name], name
 
 
 @pytest.mark.skip(reason="not yet seen to pass on a machine that does nothing else")
