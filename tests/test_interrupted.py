@@ -268,6 +268,22 @@ def test_sigterm_in_training_saves_the_step_it_is_at(runs, finished):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(runs, finished):
+    """The log of a run that is half done cannot grow any more."""
+    folder = beside(finished, runs.folder / "full")
+    runs.run("train_ppo", folder, {"within": "iterate", "call": 3, "signals": ["SIGTERM"]}, code=stopping.EXIT_CODE)
+    log = folder / "metrics.jsonl"
+    log.rename(folder / "put_away")
+    log.symlink_to("/dev/full")
+    output = runs.run("train_ppo", folder, code=2)
+    assert f"error: {folder}: No space left on device; what is saved stays" in output and "Traceback" not in output
+    (folder / "put_away").rename(log)
+    runs.run("train_ppo", folder)
+    assert_same(folder, finished, ("ppo",))
+
+
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_with_the_process_that_has_it(runs, finished):
     folder = beside(finished, runs.folder / "used")
     holder = "import os, sys\nfrom pathlib import Path\nfrom therapy_jax import run\nrun.lock(Path(sys.argv[1]))\n"

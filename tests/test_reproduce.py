@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from therapy_jax import config, gpt2, grid
+from therapy_jax import config, gpt2, grid, stopping
 from therapy_jax.checkpoint import flatten
 from therapy_jax.config import Config, ConfigError, GridConfig, PretrainConfig, PromptConfig
 
@@ -328,14 +328,15 @@ def run(folder: Path) -> str:
     return output
 
 
-def run_until(folder: Path, mark: str) -> None:
-    """Start, and SIGKILL once `mark` is there."""
+def run_until(folder: Path, mark: str, number: signal.Signals) -> int:
+    """Start, and send a signal once `mark` is there -> the exit code."""
     process = start(folder)
     while process.poll() is None and not (folder / "run" / mark).exists():
         time.sleep(0.02)  # polls a process that ends by itself
     assert process.poll() is None, f"it ended before it could be killed at {mark}"
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     process.communicate()
+    return process.returncode
 
 
 def prepared(folder: Path) -> Path:
@@ -385,8 +386,8 @@ def test_a_grid_leaves_a_table(finished):
 @pytest.mark.slow
 def test_a_grid_killed_and_started_again_ends_where_it_would_have(finished, tmp_path):
     other = prepared(tmp_path / "killed")
-    for mark in ("pretrained/base/checkpoints/2", "seed0/full/ppo/checkpoints/1"):
-        run_until(other, mark)
+    assert run_until(other, "pretrained/base/checkpoints/2", signal.SIGKILL) == -signal.SIGKILL
+    assert run_until(other, "seed0/full/ppo/checkpoints/1", signal.SIGTERM) == stopping.EXIT_CODE
     output = run(other)
     assert output.count("finished before") == 4, "pretrained, language_model, both, alone"
     assert "ppo: going on from iteration 1 of 2" in output

@@ -10,6 +10,7 @@ runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yam
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -319,9 +321,14 @@ def local_copy(path: Path) -> Path:
     """Where lines are appended: the log itself, or for a remote one a file of this process."""
     if not is_remote(path):
         return path
-    folder = Path(tempfile.gettempdir()) / f"therapy_jax_{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    return folder / urllib.parse.quote(str(path), safe="")
+    return local_logs() / urllib.parse.quote(str(path), safe="")
+
+
+@functools.cache
+def local_logs() -> Path:
+    folder = tempfile.mkdtemp(prefix="therapy_jax_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def copy_logs(folder: Path) -> None:
