@@ -99,3 +99,27 @@ def test_the_death_of_a_process_ends_the_others_and_the_run_goes_on(killed, tmp_
     for process in again:
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 75, said[-2000:]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_goes_on(tmp_path):
+    longer = {"pretrain": "null", "sft.epochs": 50, "sft.eval_every": 50, "sft.log_every": 2}
+    running = start("train_sft", tmp_path, 2, 1, **longer)
+    log, end = tmp_path / "metrics.jsonl", time.monotonic() + 300
+    while not log.is_file() or log.read_text().count("\n") < 4:
+        assert time.monotonic() < end and all(process.poll() is None for process in running)
+        time.sleep(0.05)  # polls processes that end by themselves
+    running[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [75, 75], said
+    (saved,) = [int(path.name) for path in (tmp_path / "sft" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert f"stopped by a signal to another process at step {saved} of" in said[0]
+    assert max(step for _, step in logged(tmp_path)) == saved
+    again = start("train_sft", tmp_path, 2, 1, **longer)
+    while max((step for _, step in logged(tmp_path)), default=0) <= saved:
+        assert time.monotonic() < end + 300 and all(process.poll() is None for process in again)
+        time.sleep(0.05)
+    again[0].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=300)[0] for process in again]
+    assert [process.returncode for process in again] == [75, 75], said
+    assert f"sft: going on from step {saved} of" in said[0]
