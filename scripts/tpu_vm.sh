@@ -84,7 +84,7 @@ setup() {
   # The images' own Python may be older than ours needs to be: uv brings one. Where WordNet fails, the doctor says so.
   on_workers all "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv && ~/.local/bin/uv python install -q 3.11"
   on_workers all "sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y wordnet-base wordnet-sense-index || true"
-  on_workers all "cd therapy_jax && export PATH=~/.local/bin:\$PATH && source scripts/setup_venv.sh && setup_venv tpu"
+  on_workers all "cd therapy_jax && export PATH=~/.local/bin:\$PATH && source scripts/setup_venv.sh && setup_venv tpu,gcs"
   on_workers all "cd therapy_jax && .venv/bin/python scripts/doctor.py --require tpu"
 }
 

@@ -31,6 +31,14 @@ def missing(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def beside(finished: Path, folder: Path) -> Path:
+    """A run folder that starts from the SFT model and the classifiers of another."""
+    (folder / "sft").mkdir(parents=True)
+    (folder / "sft" / "model").symlink_to(finished / "sft" / "model")
+    (folder / "classifiers").symlink_to(finished / "classifiers")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with MESC.csv and the other data sets, which are not ours to ship: $THERAPY_JAX_DATA or ../shared/data."""

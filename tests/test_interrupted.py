@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import beside
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -163,14 +164,6 @@ def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
         assert {m["step"] for m in mine[0] if {"validation_loss", "validation/reward"} & set(m)}  # some are evaluated
     if "ppo" in stages:
         assert (found / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
-
-
-def beside(finished: Path, folder: Path) -> Path:
-    """A run folder that starts from the SFT model and the classifiers of another."""
-    (folder / "sft").mkdir(parents=True)
-    (folder / "sft" / "model").symlink_to(finished / "sft" / "model")
-    (folder / "classifiers").symlink_to(finished / "classifiers")
-    return folder
 
 
 @pytest.mark.slow

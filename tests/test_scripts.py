@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import beside
 
 from therapy_jax import config
 from therapy_jax.files import flatten
@@ -200,14 +201,6 @@ def test_ppo_killed_and_started_again_ends_where_it_would_have(finished, tmp_pat
 
     assert log(other) == log(finished)
     assert (other / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
-
-
-def beside(finished: Path, folder: Path) -> Path:
-    """A run folder that starts from the SFT model and the classifiers of another."""
-    (folder / "sft").mkdir(parents=True)
-    (folder / "sft" / "model").symlink_to(finished / "sft" / "model")
-    (folder / "classifiers").symlink_to(finished / "classifiers")
-    return folder
 
 
 @pytest.mark.slow

@@ -232,7 +232,7 @@ def test_from_setup_to_collect_on_a_folder_that_stands_for_the_vm(machine):
     assert (vm / "therapy_jax" / "new.txt").read_text() == "two"
     assert (vm / "therapy_jax" / "MESC.csv").read_text() == "rows"
     tools = (vm / "tools").read_text()
-    assert "uv pip install --python .venv/bin/python -c constraints.txt -e .[tpu]" in tools
+    assert "uv pip install --python .venv/bin/python -c constraints.txt -e .[tpu,gcs]" in tools
     assert "sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y wordnet-base wordnet-sense-index" in tools
     assert done.stdout.rstrip().endswith("ran scripts/doctor.py --require tpu")
     assert called(machine) == [w for p in (log, done) for w in printed(p) if w[0] == "gcloud"]  # as printed, so run

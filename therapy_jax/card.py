@@ -217,7 +217,7 @@ Trained with therapy_jax after *Context-Emotion Aware Therapeutic Dialogue Gener
 
 > **A research demo, not care.** It is no therapist and must not be used as one. In danger, call your local emergency
 > number or a crisis line: a person can help, this model cannot. **Nothing in this folder notices a crisis**: the
-> disclosure and the gate that therapy_jax puts before a model are code, not weights. Whoever serves it puts them there.
+> disclosure and a gate before the model are code, not weights, and whoever serves it must put them there.
 
 ## How to run it
 

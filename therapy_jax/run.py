@@ -42,6 +42,10 @@ from therapy_jax.files import as_path, is_remote, write_json, write_text
 
 console = Console(highlight=False, soft_wrap=True)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 a mistake or a full disk, in one sentence; 75 stopped by SIGTERM or Ctrl-C, saved, and the same "
+    "command goes on; 130 stopped at once by a second Ctrl-C."
+)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 DOCTOR = "python scripts/doctor.py says why and what to do"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
@@ -51,7 +55,7 @@ def main(script: Callable[..., None], description: str, options: type | None = N
     """Parse the command line, run script(config), or script(config, options) where it has flags of its own. A user's mistake,
     or a disk that is full, ends with one sentence and exit code 2, no traceback; a signal ends with code 75, and the same
     command goes on (stopping.py)."""
-    config, own = config_module.parse_with(options, description=description)
+    config, own = config_module.parse_with(options, description=f"{description}\n\n{EXIT_CODES}")
     from therapy_jax import processes, stopping
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError

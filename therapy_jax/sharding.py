@@ -194,23 +194,17 @@ def gathered(tree: T, mesh: Mesh | None, dtype: Any = None, stacked: bool = Fals
 def place(mesh: Mesh, tree: T) -> T:
     """Host arrays (the same in every process), or arrays of one device -> arrays laid out over the mesh by their names.
     Always fresh: donating the result never deletes the array it came from."""
-
-    def put(x, sharding):
-        host = np.array(x)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, tree, shardings(mesh, tree))
+    return jax.tree.map(_put, tree, shardings(mesh, tree))
 
 
 def replicate(mesh: Mesh, tree: T) -> T:
     """The same with a copy on every device, whatever its names."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
-    def put(x):
-        host = np.array(x)
-        return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    host = np.array(x)  # a copy
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def make_state(mesh: Mesh, make: Callable[..., T], *arguments: Any) -> T:
