@@ -61,6 +61,7 @@ def main(script: Callable[..., None], description: str, options: type | None = N
         sys.exit(2)
 
     stopping.listen(console.print)
+    deepen_compiler_stack()
     try:
         script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
@@ -85,6 +86,12 @@ def main(script: Callable[..., None], description: str, options: type | None = N
         )
         sys.stdout.flush()
         os._exit(stopping.EXIT_CODE)  # at an ordinary exit jax would wait for the others
+
+
+def deepen_compiler_stack() -> None:
+    """libtpu compiles on threads with small stacks, and the step of a model with dropout over several chips overflows them
+    (libtpu 0.0.42.1: SIGSEGV in FusedSpatialMajorConvolution). Whoever sets LIBTPU_INIT_ARGS decides alone."""
+    os.environ.setdefault("LIBTPU_INIT_ARGS", "--fibers_default_thread_stack_size=1048576")
 
 
 def escape(text: str) -> str:
