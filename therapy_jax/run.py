@@ -90,8 +90,11 @@ def main(script: Callable[..., None], description: str, options: type | None = N
 
 def deepen_compiler_stack() -> None:
     """libtpu compiles on threads with small stacks, and the step of a model with dropout over several chips overflows them
-    (libtpu 0.0.42.1: SIGSEGV in FusedSpatialMajorConvolution). Whoever sets LIBTPU_INIT_ARGS decides alone."""
-    os.environ.setdefault("LIBTPU_INIT_ARGS", "--fibers_default_thread_stack_size=1048576")
+    (SIGSEGV in FusedSpatialMajorConvolution). Only where the version is one that was tried: libtpu ends a process at a flag
+    that it does not know. Whoever sets LIBTPU_INIT_ARGS decides alone."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("libtpu").startswith("0.0.42."):
+            os.environ.setdefault("LIBTPU_INIT_ARGS", "--fibers_default_thread_stack_size=1048576")
 
 
 def escape(text: str) -> str:
