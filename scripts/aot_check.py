@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from therapy_jax import config as config_module
+from therapy_jax import run
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.run import console, escape
 
@@ -84,19 +85,19 @@ def largest(program: Any, first: Any, mesh: Any, memory: float, config: Config, 
     from therapy_jax import aot
 
     step = program.multiple
-    other = max(first.batch // 2 // step * step, step) if not first.fits else first.batch * 2
-    if other == first.batch:
-        return first
-    second = measure(program, other, mesh, config, asked)
+    other = first.batch * 2 if first.fits else max(first.batch // 2 // step * step, step)
+    second = first if other == first.batch else measure(program, other, mesh, config, asked)
     small, large = sorted((first, second), key=lambda report: report.batch)
-    wanted = aot.line(small, large, memory) // step * step if large.total else small.batch
-    best = max((r for r in (small, large) if r.fits), key=lambda r: r.batch, default=small)
-    while wanted > best.batch:
+    best = max((r for r in (small, large) if r.fits), key=lambda r: r.batch, default=None)
+    known = small.total and large.total and small is not large
+    wanted = aot.line(small, large, memory) // step * step if known else small.batch
+    wanted = wanted if large.fits else min(wanted, (large if best else small).batch - step)
+    while wanted > (best.batch if best else 0):
         found = measure(program, wanted, mesh, config, asked)
         if found.fits:
             return found
         wanted = min(wanted - step, wanted * 15 // 16 // step * step)
-    return best
+    return best or small
 
 
 def scaling(config: Config, asked: argparse.Namespace) -> bool:
@@ -215,6 +216,7 @@ if __name__ == "__main__":
         sys.exit(0)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is to be asked of a TPU that may be here; its compiler is enough
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no chip to fight over
+    run.deepen_compiler_stack()
     try:
         sys.exit(0 if (scaling if asked.scaling else main)(config, asked) else 1)
     except ConfigError as error:

@@ -32,6 +32,7 @@ TINY = Config(
     sft=SFTConfig(batch_size=16),
     ppo=PPOConfig(batch_size=32, epochs=1, minibatches=2, value_head="separate"),
 )
+GIANT = "--model.name gpt2 --sft.row_tokens 1024 --sft.batch_size 4096"  # refused within seconds
 SIZES = "--model.n_layer 2 --model.n_embd 64 --model.n_head 4 --model.n_positions 128 --prompt.max_tokens 32 --sft.batch_size 16"
 
 # Four chips. The entry runs a loop of 6 trips (the body counts by 2 up to 12), a loop that may end early (at most 5 trips),
@@ -225,5 +226,5 @@ def test_a_tiny_model_fits_a_tpu_and_a_giant_batch_does_not(tmp_path):
     assert [line["program"] for line in lines] == ["sft", "sampler", "ppo"]
     for line in lines:
         assert line["fits"] and 0 < line["total"] < 15.75 * 2**30 and line["sent"]["all-gather"] > 0
-    code, told = check("--programs", "sft", "--sft.batch_size", str(2**20), "--out", str(out))
+    code, told = check("--topology", "v5e:2x2", "--programs", "sft", "--out", str(out), *GIANT.split())
     assert code == 1 and not json.loads(out.read_text().splitlines()[-1])["fits"]

@@ -71,7 +71,7 @@ class Report(NamedTuple):
     batch: int
     fits: bool
     seconds: float  # that it took to compile
-    total: int  # arguments + outputs that have no argument's place + temporaries + code
+    total: int  # at the peak, code included; temporaries that follow one another share memory, so less than the sum of what follows
     arguments: int
     outputs: int
     aliased: int  # of the outputs, what takes the place of a donated argument
@@ -263,7 +263,7 @@ def compile_program(program: Program, batch: int, mesh: Mesh) -> tuple[Report, s
         uncertain += 0.0 if c.certain else c.bytes * c.times
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
-    total = arguments + outputs - aliased + temporaries + memory.generated_code_size_in_bytes
+    total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     report = Report(
         program.name, batch, True, took, total, arguments, outputs, aliased, temporaries, sent, count, uncertain, flops
     )

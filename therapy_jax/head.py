@@ -123,7 +123,7 @@ def walk(
     used = -(-count.max() // size)
     loss, out, grads = jax.lax.fori_loop(0, used, step, start)
     sums = loss.sum(), *(x.reshape(tokens.shape) for x in out)
-    return (sums, (grads[0].sum(0), grads[1].reshape(hidden.shape))) if grads else (sums, None)
+    return (sums, (constrain(grads[0].sum(0), "wte", mesh), grads[1].reshape(hidden.shape))) if grads else (sums, None)
 
 
 def head_loss(

@@ -67,6 +67,7 @@ def main(script: Callable[..., None], description: str, options: type | None = N
         sys.exit(2)
 
     stopping.listen(console.print)
+    deepen_compiler_stack()
     try:
         script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
@@ -91,6 +92,15 @@ def main(script: Callable[..., None], description: str, options: type | None = N
         )
         sys.stdout.flush()
         os._exit(stopping.EXIT_CODE)  # at an ordinary exit jax would wait for the others
+
+
+def deepen_compiler_stack() -> None:
+    """libtpu compiles on threads with small stacks, and the step of a model with dropout over several chips overflows them
+    (SIGSEGV in FusedSpatialMajorConvolution). Only where the version is one that was tried: libtpu ends a process at a flag
+    that it does not know. Whoever sets LIBTPU_INIT_ARGS decides alone."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("libtpu").startswith("0.0.42."):
+            os.environ.setdefault("LIBTPU_INIT_ARGS", "--fibers_default_thread_stack_size=1048576")
 
 
 def escape(text: str) -> str:

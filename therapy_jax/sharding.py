@@ -163,7 +163,7 @@ def _fetched(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Ar
     return jax.lax.with_sharding_constraint(x, used)
 
 
-# The transpose of a constraint is the same constraint: left to itself, a kernel's gradient is summed whole on every device.
+# The transpose of a constraint is the same constraint: left to itself, a gradient is summed whole on every device.
 _fetched.defvjp(
     lambda x, used, stored: (jax.lax.with_sharding_constraint(x, used), None),
     lambda used, stored, _, grad: (jax.lax.with_sharding_constraint(grad, stored),),
@@ -172,18 +172,16 @@ _fetched.defvjp(
 
 def gathered(tree: T, mesh: Mesh | None, dtype: Any = None, stacked: bool = False) -> T:
     """Parameters as they are used: whole along fsdp, split along tensor still. dtype: kernels travel in it (half the bytes in
-    bfloat16). Their gradients go back in parts: the transpose of gathering is to sum and scatter. stacked: a single block,
+    bfloat16). Gradients go back in parts: the transpose of gathering is to sum and scatter. stacked: a single block,
     its leading axis taken off by a scan."""
     if mesh is None or mesh.size == 1:
         return tree
 
     def fetch(path, x):
         stored = axes_of(path)[1:] if stacked else axes_of(path)
-        used = NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in stored)))
-        if path[-1].key != "kernel":
-            return jax.lax.with_sharding_constraint(x, used)
-        x = x if dtype is None else x.astype(dtype)
-        return _fetched(x, used, NamedSharding(mesh, PartitionSpec(*stored)))
+        used = (None if axis == "fsdp" else axis for axis in stored)
+        x = x.astype(dtype) if dtype is not None and path[-1].key == "kernel" else x
+        return _fetched(x, NamedSharding(mesh, PartitionSpec(*used)), NamedSharding(mesh, PartitionSpec(*stored)))
 
     return jax.tree_util.tree_map_with_path(fetch, tree)
 
