@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from therapy_jax import config, safety
+from therapy_jax import config, crisis_rules, safety
 from therapy_jax.config import ConfigError, SafetyConfig
 from therapy_jax.rewards import form
 
@@ -97,7 +97,7 @@ def test_every_wish_with_every_deed(kind):
     ],
 )
 def test_normalise_undoes_what_hides_a_word(hidden, plain):
-    assert safety.normalise(hidden) == f" {plain} "
+    assert crisis_rules.normalise(hidden) == f" {plain} "
 
 
 def test_an_idiom_is_spared_and_covers_nothing_else():
@@ -114,7 +114,7 @@ def test_an_idiom_is_spared_and_covers_nothing_else():
 @settings(max_examples=100, deadline=None)
 def test_any_text_can_be_read(text):
     for result in (safety.crisis(text), safety.crisis("yes", [text]), safety.crisis(text, ["I want to die", text])):
-        assert result is None or result.kind in safety.KINDS
+        assert result is None or result.kind in crisis_rules.KINDS
     safety.check_reply(text)
 
 
@@ -148,7 +148,7 @@ def test_the_conversation_so_far_counts():
     assert safety.crisis("my own advice", ["I am going to take"]) is None
 
 
-@pytest.mark.parametrize("kind", safety.KINDS)
+@pytest.mark.parametrize("kind", crisis_rules.KINDS)
 def test_answers_name_where_help_is(kind):
     default = safety.answer(kind, SafetyConfig())
     assert "your local emergency number" in default and "findahelpline.com" in default
@@ -217,7 +217,7 @@ def test_every_rule_of_the_file_is_read():
     # Nothing may be lost on the way from the file: a line that is neither a comment nor a heading is a rule or its rest.
     text = (Path(safety.__file__).parent / "crisis_rules.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith(("#", "[", " "))]
-    kept = [line for section in safety.sections().values() for line in section]
+    kept = [line for section in crisis_rules.sections().values() for line in section]
     assert len(kept) == len(lines)
     assert not re.search(r"^&|& &|&$|\|\s|\s\||\|$", "\n".join(kept), re.MULTILINE)  # a torn pattern
 
@@ -230,5 +230,7 @@ def test_the_module_needs_no_jax_and_measures_from_the_command_line():
     assert re.search(r"^explicit +\d+/\d+ +[\d.]+%$", shown, re.MULTILINE)
 
 
-def test_the_example_of_the_module_runs():
-    assert doctest.testmod(safety).failed == 0
+@pytest.mark.parametrize("module", [safety, crisis_rules])
+def test_the_example_of_the_module_runs(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
