@@ -53,15 +53,9 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<![a-z])[a-z]+[*#][a-z*#]*", _unmask, text)
     text = re.sub(r"(?<=[a-z])[013457@$!|]+(?=[a-z])", lambda found: found[0].translate(LEET), text)
     text = re.sub(r"\b(he|she|it|that|there|what|who|where)'s\b", r"\1 is", text)
-    for short, long in (
-        ("'ll", " will"),
-        ("'d ", " would "),
-        ("'m", " am"),
-        ("'ve", " have"),
-        ("'re", " are"),
-        ("n' t", "nt"),
-    ):
-        text = text.replace(short, long)
+    for short, long in (("ll", "will"), ("d", "would"), ("m", "am"), ("ve", "have"), ("re", "are")):
+        text = re.sub(rf"'{short}\b", f" {long}", text)
+    text = text.replace("n' t", "nt")
     text = re.sub(r"'s\b|'", "", text)
     text = re.sub(r"(?<![a-z0-9])[a-z](?:[^a-z0-9\n]{1,2}[a-z]){2,}(?![a-z0-9])", _join, text)
     text = " " + " ".join(re.findall(r"[^\W_]+", text)) + " "
