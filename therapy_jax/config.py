@@ -489,6 +489,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class SafetyConfig:
+    """Where a person is sent whose message speaks of a crisis. The gate itself has no switch."""
+
+    emergency_number: str | None = None
+    """As a sentence says it and, in YAML, in quotes: "112"; null = "your local emergency number"."""
+    crisis_line: str | None = None
+    """Likewise, such as "Samaritans on 116 123"; null = findahelpline.com, which lists crisis lines by country."""
+
+    def __post_init__(self):
+        for name in ("emergency_number", "crisis_line"):
+            value = getattr(self, name)
+            require(
+                value is None or bool(value.strip()), f"safety.{name} is blank: write a number, or null for the default"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -512,6 +529,7 @@ class Config:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     compilation_cache: str | None = "~/.cache/therapy_jax/xla"
     """Folder for compiled programs, so that a second start does not compile again; null = off."""
 
