@@ -80,7 +80,7 @@ def message_html(message: Message, known: Sequence[Details | None], weights: dic
 
 
 def card_html(answer: Answer, known: Details | None, weights: dict[str, float]) -> str:
-    stated = f" states {answer.emotion}" if answer.emotion else ""
+    stated = f" states {html.escape(answer.emotion)}" if answer.emotion else ""
     text = html.escape(answer.text) or ('<span class="tj-quiet">(nothing)</span>' if known else "…")
     why = f'<div class="tj-quiet">withheld: {html.escape(answer.withheld)}</div>' if answer.withheld else ""
     more = details_html(known, weights) if known else ""
@@ -182,30 +182,40 @@ def details(play: Play, said: Conversation) -> tuple[Details | None, ...]:
 State = tuple[Conversation, Shown]
 
 
-def talk(play: Play, state: State, text: str, emotion: str | None = None) -> Iterator[tuple[State, str, str | None]]:
-    """One message -> (state, the page, the client's emotion), each time that an answer has grown."""
+Step = tuple[State, str, str | None]  # the state, the page, the client's emotion
+
+
+def talk(play: Play, state: State, text: str, emotion: str | None = None, again: bool = False) -> Iterator[Step]:
+    """One message, or the last one `again`, each time that an answer has grown. Where it cannot be answered all stays."""
     said, known = state
-    if not text.strip():
-        yield state, as_html(said, known, play.weights), said[-1].emotion if said else None
-        return
+    before = (said[:-1], known[:-1]) if again else state
     now = said
     try:
-        for now in conversation.say(said, text, play.speakers, play.reader, play.config, emotion):
-            yield (now, known), as_html(now, known, play.weights), now[-1].emotion
+        for now in conversation.say(before[0], text, play.speakers, play.reader, play.config, emotion):
+            yield step(play, (now, before[1]))
     except MessageError as error:
-        yield state, as_html(said, known, play.weights, str(error)), said[-1].emotion if said else None
+        yield step(play, state, str(error))
         return
-    known = (*known, details(play, now))
-    yield (now, known), as_html(now, known, play.weights), now[-1].emotion
+    yield step(play, (now, (*before[1], details(play, now))))
 
 
-def correct(play: Play, state: State, emotion: str) -> Iterator[tuple[State, str, str | None]]:
-    """The last message again, with the emotion that the person says it had."""
+def step(play: Play, state: State, problem: str = "") -> Step:
     said, known = state
+    return state, as_html(said, known, play.weights, problem), said[-1].emotion if said else None
+
+
+def send(play: Play, state: State, text: str) -> Iterator[Step]:
+    """What a person typed."""
+    yield from talk(play, state, text) if text.strip() else [step(play, state)]
+
+
+def correct(play: Play, state: State, emotion: str) -> Iterator[Step]:
+    """The last message again, with the emotion that the person says it had; not where the gate has answered it."""
+    said, _ = state
     if said and said[-1].crisis is None:
-        yield from talk(play, (said[:-1], known[: len(said) - 1]), said[-1].client.text, emotion)
+        yield from talk(play, state, said[-1].client.text, emotion, again=True)
     else:
-        yield state, as_html(said, known, play.weights), None
+        yield step(play, state)
 
 
 def serve(config: Config) -> None:
@@ -258,13 +268,13 @@ def build(gradio: Any, play: Play) -> Any:
                 visible=told, scale=2, min_width=220, elem_id="emotion",
             )  # fmt: skip
         with gradio.Row():
-            send = gradio.Button("Send", variant="primary", scale=0, min_width=170, elem_id="send")
+            go = gradio.Button("Send", variant="primary", scale=0, min_width=170, elem_id="send")
             anew = gradio.Button("Start anew", scale=0, min_width=170, elem_id="anew")
         gradio.HTML(about, elem_classes="tj-block")
 
         def on_send(state, text):
-            for new, shown, felt in talk(play, state, text):
-                yield new, shown, felt, ""
+            for new in send(play, state, text):
+                yield *new, ""
 
         def on_emotion(state, felt):
             yield from correct(play, state, felt)
@@ -272,7 +282,7 @@ def build(gradio: Any, play: Play) -> Any:
         outputs = [state, page, emotion]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         down = "() => window.scrollTo({top: document.body.scrollHeight, behavior: 'smooth'})"
-        for event in (send.click, box.submit):
+        for event in (go.click, box.submit):
             event(on_send, [state, box], [*outputs, box], **private).then(None, js=down)
         emotion.input(on_emotion, [state, emotion], outputs, **private).then(None, js=down)
         anew.click(lambda: (((), ()), as_html((), (), {}), None), None, outputs, **private)

@@ -111,12 +111,20 @@ def ask() -> str | None:
             return line.strip()
 
 
-def talk(chat: Chat, text: str, emotion: str | None = None) -> None:
-    """Say it, and show the answers as they grow."""
-    states = conversation.say(chat.said, text, chat.speakers, chat.reader, chat.config, emotion)
-    said = chat.said
+def talk(chat: Chat, text: str) -> None:
+    answer(chat, chat.said, text)
+
+
+def again(chat: Chat, emotion: str | None) -> None:
+    """The last message, answered once more."""
+    answer(chat, chat.said[:-1], chat.said[-1].client.text, emotion)
+
+
+def answer(chat: Chat, before: Conversation, text: str, emotion: str | None = None) -> None:
+    """Say it, and show the answers as they grow. Until they are complete the conversation stays as it was."""
+    said = before
     with Live(Text("..."), console=screen, refresh_per_second=12, vertical_overflow="visible") as live:
-        for said in states:
+        for said in conversation.say(before, text, chat.speakers, chat.reader, chat.config, emotion):
             live.update(show(said[-1], chat))
     chat.said = said
     if not screen.is_terminal:
@@ -189,9 +197,7 @@ def correct(chat: Chat, rest: list[str]) -> None:
         known = nearest(" ".join(rest), EMOTIONS) if rest else f"there are {', '.join(EMOTIONS)}"
         note(f"/emotion takes one of seven; {known}")
     else:
-        *before, last = chat.said
-        chat.said = tuple(before)
-        talk(chat, last.client.text, rest[0])
+        again(chat, rest[0])
 
 
 def compare(chat: Chat, rest: list[str]) -> None:
@@ -206,9 +212,8 @@ def compare(chat: Chat, rest: list[str]) -> None:
         loaded.get(name) or conversation.load_speaker(chat.folder, name, chat.config) for name in dict.fromkeys(rest)
     ]
     if chat.said and chat.said[-1].crisis is None:
-        *before, last = chat.said
-        chat.said = tuple(before)
-        talk(chat, last.client.text, None if last.certainty else last.client.emotion)  # read again, or as it was set
+        last = chat.said[-1]
+        again(chat, None if last.certainty else last.client.emotion)  # read again, or as it was set
     else:
         note(f"{', '.join(rest)} answer from now on")
 
