@@ -16,6 +16,7 @@ conversation goes on with the answer of the last one. A message that the gate ha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -229,5 +230,4 @@ def warm_up(speaker: Speaker, reader: Reader | None, config: Config) -> None:
     client = Turn("client", "Hello.", EMOTIONS[0])
     if reader is not None:
         read_emotion(reader, (), client, config.prompt.max_tokens)
-    answers = reply(speaker, (), client, jax.random.key(0), config)
-    next(answers), next(answers, None)
+    list(itertools.islice(reply(speaker, (), client, jax.random.key(0), config), 2))

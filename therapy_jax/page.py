@@ -7,6 +7,7 @@ of any other machine: no fonts, no analytics, no share link.
 from __future__ import annotations
 
 import html
+import importlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -81,7 +82,7 @@ def message_html(message: Message, known: Sequence[Details | None], weights: dic
 
 def card_html(answer: Answer, known: Details | None, weights: dict[str, float]) -> str:
     stated = f" states {html.escape(answer.emotion)}" if answer.emotion else ""
-    text = html.escape(answer.text) or ('<span class="tj-quiet">(nothing)</span>' if known else "…")
+    text = html.escape(answer.text) + ("" if answer.ended else " …") or '<span class="tj-quiet">(nothing)</span>'
     why = f'<div class="tj-quiet">withheld: {html.escape(answer.withheld)}</div>' if answer.withheld else ""
     more = details_html(known, weights) if known else ""
     return (
@@ -223,7 +224,7 @@ def serve(config: Config) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which may ask for a newer version
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
-        import gradio
+        gradio: Any = importlib.import_module("gradio")
     except ImportError as error:
         raise ConfigError(f"the page needs gradio ({error}); install the extra: pip install -e '.[ui]'") from error
     play = prepare(config)

@@ -155,7 +155,7 @@ def said_by(answer: Answer) -> list[tuple[str, str]]:
     if answer.withheld:
         return [(answer.text, "yellow"), (f" (withheld: {answer.withheld})", "dim")]
     stated = f"[{answer.emotion}] " if answer.emotion else ""
-    growing = "" if answer.text or answer.ended else f"... {len(answer.ids)} tokens"
+    growing = "" if answer.ended else " ..." if answer.text else f"... {len(answer.ids)} tokens"  # or cut by the limit
     return [(stated, "dim"), (answer.text, ""), (growing, "dim")]
 
 
@@ -179,6 +179,8 @@ def command(chat: Chat, line: str) -> None:
         compare(chat, rest)
     elif word == "/emotion":
         correct(chat, rest)
+    elif safety.crisis(line):  # no command, but something that the gate must see
+        talk(chat, line)
     else:
         note(f"there is no {word}; {nearest(word, WORDS)}")
 
@@ -248,7 +250,7 @@ def as_json(chat: Chat, now: datetime.datetime) -> dict:
                 "crisis": message.crisis,
                 "fixed_answer": message.fixed,
                 "answers": [
-                    {"model": a.speaker, "text": a.text, "emotion": a.emotion, "withheld": a.withheld}
+                    {"model": a.speaker, "text": a.text, "emotion": a.emotion, "withheld": a.withheld, "ended": a.ended}
                     for a in message.answers
                 ],
             }
