@@ -64,14 +64,16 @@ def server(driver, tiny_run, tmp_path_factory):
     ) as process:
         assert process.stdout is not None
         said = []
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("open "):
-                break
-        assert said[-1].startswith(f"open http://127.0.0.1:{port}/ "), "".join(said)
-        yield f"http://127.0.0.1:{port}/", folder / "connections"
-        process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("open "):
+                    break
+            assert said[-1].startswith(f"open http://127.0.0.1:{port}/ "), "".join(said)
+            yield f"http://127.0.0.1:{port}/", folder / "connections"
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in rest, rest
 
 

@@ -230,12 +230,14 @@ def serve(config: Config) -> None:
     play = prepare(config)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C leaves; there is nothing to finish
     app = build(gradio, play)
-    fonts = ["system-ui", "sans-serif"]
+    readable: dict[str, Any] = {"block_info_text_color": "#52525b", "block_info_text_color_dark": "#d4d4d8"}
+    readable |= {"input_placeholder_color": "#71717a", "input_placeholder_color_dark": "#a1a1aa"}
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     app.queue(default_concurrency_limit=1)  # one at a time: the models share the processor
     _, url, _ = app.launch(
         server_name="127.0.0.1", share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
         run_history=False, footer_links=[], css=CSS, quiet=True, prevent_thread_lock=True,
-        theme=gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        theme=theme.set(**readable),
     )  # fmt: skip
     console.print(f"open {url} in a browser on this machine; Ctrl-C ends it")
     app.block_thread()
@@ -269,8 +271,8 @@ def build(gradio: Any, play: Play) -> Any:
                 visible=told, scale=2, min_width=220, elem_id="emotion",
             )  # fmt: skip
         with gradio.Row():
-            go = gradio.Button("Send", variant="primary", scale=0, min_width=170, elem_id="send")
-            anew = gradio.Button("Start anew", scale=0, min_width=170, elem_id="anew")
+            go = gradio.Button("Send", variant="primary", scale=0, min_width=140, elem_id="send")
+            anew = gradio.Button("Start anew", scale=0, min_width=140, elem_id="anew")
         gradio.HTML(about, elem_classes="tj-block")
 
         def on_send(state, text):
