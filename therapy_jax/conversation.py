@@ -30,6 +30,7 @@ from therapy_jax import config as config_module
 from therapy_jax.cleaning import clean_line
 from therapy_jax.config import Config, ConfigError, MeshConfig, PromptConfig
 from therapy_jax.dialogue import EMOTIONS, Exchange, Turn, exchanges
+from therapy_jax.files import as_path
 from therapy_jax.gpt2 import Params
 from therapy_jax.rewards.batch import PAD_TO
 
@@ -188,7 +189,8 @@ def printable(text: str) -> str:
 def open_run(config: Config) -> tuple[Path, Config, list[str]]:
     """-> the run folder, the config on one device, and the models that are there, in the order of STAGES. Raises
     ConfigError where there is none, or where they were trained on other prompts than the config makes."""
-    folder = Path(config.run_dir).expanduser()
+    run.check_platform(config.require)
+    folder = as_path(config.run_dir)
     names = [name for name in STAGES if (folder / name / "model" / "model.safetensors").is_file()]
     if not names:
         raise ConfigError(
