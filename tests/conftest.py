@@ -1,6 +1,8 @@
 """Eight virtual CPU devices and no hub, settled before anything imports jax; and the fixtures that many tests share."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -57,6 +59,24 @@ def wordnet():
     if reader is None:
         missing("no WordNet: on Debian install wordnet-base and wordnet-sense-index")
     return reader
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A run folder with base, SFT and PPO models of the smallest size, trained by the scripts in seconds."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    tiny = {
+        "model.n_layer": 1, "model.n_embd": 32, "model.n_head": 2, "tokenizer.vocab_size": 600, "pretrain.epochs": 0.5,
+        "sft.epochs": 0.5, "ppo.iterations": 1, "ppo.batch_size": 8, "ppo.replies_per_prompt": 2, "ppo.minibatches": 2,
+        "ppo.eval_prompts": 8, "sampling.max_new_tokens": 12, "classifiers.epochs": 1,
+    }  # fmt: skip
+    flags = [part for name, value in tiny.items() for part in (f"--{name}", str(value))]
+    for script in ("train_sft", "train_ppo"):
+        args = [sys.executable, f"scripts/{script}.py", "--config", "configs/quickstart.yaml", "--run_dir", str(folder)]
+        env = {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has
+        done = subprocess.run([*args, *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Generation: torch's tokens when greedy, the right distribution when drawn, and the same reply in any company."""
 
+import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -66,6 +68,29 @@ def test_greedy_is_torchs(tmp_path):
     ends = [row.get(eos, 63) for row in written]
     assert min(ends) < 60 and max(ends) == 63
     np.testing.assert_array_equal(reply.mask, np.arange(64) <= np.asarray(ends)[:, None])
+
+
+@pytest.mark.parametrize("knobs", [{"temperature": 0.0}, {"temperature": 0.8}, {"top_k": 20, "top_p": 0.9}])
+def test_a_stream_is_the_reply_token_by_token(params, knobs):
+    """For the same key: the same draws, so the same tokens, EOS the last one where it comes."""
+    cfg, asked = SamplingConfig(max_new_tokens=12, **knobs), [batching.prompts([row], 8) for row in PROMPTS[::2]]
+    free = sampler(max_new_tokens=12, **knobs)(params, asked[0], jax.random.key(0))
+    ended = set()
+    for eos in (CONFIG.eos_token_id, int(free.tokens[0, 6])):  # one that hardly comes, and one that does
+        model = gpt2.GPT2(dataclasses.replace(CONFIG, eos_token_id=eos))
+        generate = jax.jit(functools.partial(sampling.generate, model=model, cfg=cfg))
+        for prompt, seed in itertools.product(asked, range(2)):
+            streamed = list(sampling.stream(params, prompt, jax.random.key(seed), model=model, cfg=cfg))
+            reply = generate(params, prompt, jax.random.key(seed))
+            assert streamed == np.asarray(reply.tokens)[np.asarray(reply.mask)].tolist()
+            ended.add(streamed[-1] == eos)
+    assert ended == {True, False}  # both ways to stop were met
+
+
+def test_a_stream_too_long_for_the_model_is_refused(params):
+    cfg = SamplingConfig(max_new_tokens=60)
+    with pytest.raises(ValueError, match="64 positions"):
+        next(sampling.stream(params, batching.prompts([[1]], 8), jax.random.key(0), model=gpt2.GPT2(CONFIG), cfg=cfg))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

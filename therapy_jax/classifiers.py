@@ -125,23 +125,27 @@ def readings(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2)
     return _in_batches(params, kept, [0] * len(rows), model)[:, : width("emotion", model.config.n_embd)]
 
 
-def means(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2) -> np.ndarray:
+def means(
+    params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2, at_once: int = TOKENS_AT_ONCE
+) -> np.ndarray:
     """The mean of the last hidden state of many texts given as ids -> f32[N, D]: `readings[:, :D]`, and no more than that
     is computed and brought to the host."""
     kept = [list(row[: model.config.n_positions]) for row in rows]
-    return _in_batches(params, kept, [0] * len(rows), model, _mean, model.config.n_embd)
+    return _in_batches(params, kept, [0] * len(rows), model, _mean, model.config.n_embd, at_once)
 
 
 def client_readings(
-    params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int
-) -> np.ndarray:
+    params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int,
+    at_once: int = TOKENS_AT_ONCE,
+) -> np.ndarray:  # fmt: skip
     """`read_client` of each exchange's client turn, its prompt at most max_tokens long -> f32[N, F + 4D]. The annotated
-    emotion is not in what is read."""
+    emotion is not in what is read. `at_once`: tokens of a batch; 1 reads one exchange alone."""
     form = PromptConfig("context_emotion", "inferred", max_tokens)
     whole = [prompts.encode_prompt(tokenizer, e.context, e.client, form)[0] for e in exchanges]
     rows = [row[-model.config.n_positions :] for row in whole]
     lengths = [len(prompts.encode_text(tokenizer, e.client.text)) + 1 for e in exchanges]  # with <|emotion|> behind it
-    return _in_batches(params, rows, [max(len(r) - n, 0) for r, n in zip(rows, lengths, strict=True)], model)
+    starts = [max(len(r) - n, 0) for r, n in zip(rows, lengths, strict=True)]
+    return _in_batches(params, rows, starts, model, at_once=at_once)
 
 
 # jit keeps its programs by function: it stands here by name, so that a second call does not compile again.
@@ -158,14 +162,15 @@ def _mean(params: Params, tokens: Array, mask: Array, starts: Array, *, model: g
 
 
 def _in_batches(
-    params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2, program: Any = _read, size_out: int = 0
-) -> np.ndarray:
+    params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2, program: Any = _read, size_out: int = 0,
+    at_once: int = TOKENS_AT_ONCE,
+) -> np.ndarray:  # fmt: skip
     """`program` (`read_client`, or what gives size_out entries) of rows whose utterance begins at `starts`, in batches of
     one length each, a power of two: few shapes to compile."""
     lengths = np.asarray([max(32, 1 << (max(len(row), 1) - 1).bit_length()) for row in rows], int)
     out = np.zeros((len(rows), size_out or width("client_emotion", model.config.n_embd)), np.float32)
     for length in np.unique(lengths).tolist():
-        where, size = np.flatnonzero(lengths == length), max(TOKENS_AT_ONCE // length, 1)
+        where, size = np.flatnonzero(lengths == length), max(at_once // length, 1)
         for part in (where[k : k + size] for k in range(0, len(where), size)):
             filled = [*part, *[part[0]] * (size - len(part))]
             tokens, mask = batching.pad([rows[i] for i in filled], length, "right")

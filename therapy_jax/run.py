@@ -137,9 +137,7 @@ def start(config: Config, stage: str) -> Path:
                 f"run_dir {folder} cannot be written ({error.strerror or error}); choose another with --run_dir"
             ) from error
     processes.wait_for_all("run folder")
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    cache_programs(config)
     commit()
     devices = jax.devices()
     if devices[0].platform == "cpu":
@@ -193,6 +191,15 @@ def check_platform(wanted: str | None) -> None:
         raise ConfigError(
             f"--require {wanted}, but JAX runs on {device.platform} here ({jax.device_count()} x {device.device_kind}); {DOCTOR}"
         )
+
+
+def cache_programs(config: Config) -> None:
+    """Keep compiled programs on disk, in config.compilation_cache."""
+    import jax
+
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def keep_freed_memory() -> None:

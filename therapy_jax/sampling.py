@@ -2,7 +2,7 @@
 
 A prompt that is answered several times is read once. Prompts are padded on the left, so all replies start in the same
 column; positions come from the mask, so a reply is the same alone, in a batch, and behind any amount of padding. Each row
-draws from a key of its own, so that holds for sampled replies too.
+draws from a key of its own, so that holds for sampled replies too. `stream` runs the same two halves, a token at a time.
 
 The log-probs of replies come from head.head_loss alone, for rollout, reference policy and PPO update, with the sampling
 temperature inside, so that the ratio of a fresh policy to itself is 1.
@@ -10,7 +10,7 @@ temperature inside, so that the ratio of a fresh policy to itself is 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -137,6 +137,57 @@ def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt
     return end_BD, gpt2.KVCache(k, v, mask, cache.index)
 
 
+class Decoding(NamedTuple):
+    """Between two tokens."""
+
+    step: Array  # i32[], tokens drawn so far
+    reply: Reply
+    cache: gpt2.KVCache
+    alive: Array  # bool[B], which replies go on
+    logits: Array  # f32[B, V], of the token to come
+
+
+def begin(params: Params, prompt: Prompt, *, model: gpt2.GPT2, cfg: SamplingConfig, times: int = 1) -> Decoding:
+    """The prompts are read, nothing is written yet. Raises ValueError as `generate` does."""
+    batch, length = prompt.tokens.shape[0] * times, prompt.tokens.shape[1]
+    limit, config = cfg.max_new_tokens, model.config
+    if length + limit > config.n_positions:
+        raise ValueError(
+            f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions"
+        )
+    hidden_BD, cache = prefill(params, prompt, times, limit, model=model)
+    empty = Reply(
+        jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
+    )
+    empty = constrain(empty, "rows", config.mesh)
+    logits = gpt2.head(config, params["wte"], hidden_BD, few=True)
+    return Decoding(jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits)
+
+
+def advance(params: Params, state: Decoding, row_keys: Array, *, model: gpt2.GPT2, cfg: SamplingConfig) -> Decoding:
+    """One token more for every reply that goes on."""
+    step, reply, cache, alive, logits = state
+    tempered = temper(logits, cfg.temperature)
+    if cfg.temperature == 0.0:
+        token = likeliest(tempered)
+    else:
+        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
+        token = draw(keep_likely(tempered, cfg.top_k, cfg.top_p), uniform)
+    token = jnp.where(alive, token, 0)
+    logprob = jnp.where(alive, pick(tempered, token) - log_normaliser(tempered), 0.0)
+    reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
+    going_on = alive & (token != model.config.eos_token_id)
+    hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, model=model)
+    assert cache is not None
+    logits = gpt2.head(model.config, params["wte"], hidden_B1D[:, 0], few=True)
+    return Decoding(step + 1, reply, cache, going_on, logits)
+
+
+def keys_of_rows(key: Array, batch: int) -> Array:
+    """One key for the batch (row i draws from fold_in(key, i)), or one per row already."""
+    return key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+
 def generate(
     params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cfg: SamplingConfig, times: int = 1
 ) -> Reply:
@@ -145,44 +196,33 @@ def generate(
     Stops when every reply has ended, at the latest after cfg.max_new_tokens. P + max_new_tokens must not exceed the
     model's positions (ValueError): beyond them GPT-2 has never learnt anything.
     """
-    batch, length = prompt.tokens.shape[0] * times, prompt.tokens.shape[1]
-    limit, config = cfg.max_new_tokens, model.config
-    if length + limit > config.n_positions:
-        raise ValueError(
-            f"prompt ({length}) + max_new_tokens ({limit}) exceed the model's {config.n_positions} positions"
-        )
     # Once, and not for every token again: that would be the whole model over the links for one token of each row.
-    params = gathered(params, config.mesh, jnp.dtype(config.compute_dtype))
-    row_keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    params = gathered(params, model.config.mesh, jnp.dtype(model.config.compute_dtype))
+    row_keys = keys_of_rows(key, prompt.tokens.shape[0] * times)
 
-    def choose(step, logits):
-        logits = temper(logits, cfg.temperature)
-        if cfg.temperature == 0.0:
-            return likeliest(logits), logits
-        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
-        return draw(keep_likely(logits, cfg.top_k, cfg.top_p), uniform), logits
+    def unfinished(state: Decoding):
+        return (state.step < cfg.max_new_tokens) & state.alive.any()
 
-    def unfinished(carry):
-        step, _, _, alive, _ = carry
-        return (step < limit) & alive.any()
+    def decode(state: Decoding):
+        return advance(params, state, row_keys, model=model, cfg=cfg)
 
-    def decode(carry):
-        step, reply, cache, alive, logits = carry
-        token, tempered = choose(step, logits)
-        token = jnp.where(alive, token, 0)
-        logprob = jnp.where(alive, pick(tempered, token) - log_normaliser(tempered), 0.0)
-        reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
-        going_on = alive & (token != config.eos_token_id)
-        hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, model=model)
-        return step + 1, reply, cache, going_on, gpt2.head(config, params["wte"], hidden_B1D[:, 0], few=True)
+    return jax.lax.while_loop(unfinished, decode, begin(params, prompt, model=model, cfg=cfg, times=times)).reply
 
-    hidden_BD, cache = prefill(params, prompt, times, limit, model=model)
-    empty = Reply(
-        jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
-    )
-    empty = constrain(empty, "rows", config.mesh)
-    start = (jnp.int32(0), empty, cache, jnp.ones(batch, bool), gpt2.head(config, params["wte"], hidden_BD, few=True))
-    return jax.lax.while_loop(unfinished, decode, start)[1]
+
+# jit keeps its programs by function: they stand here by name, so that a second reply does not compile again.
+_begin = jax.jit(begin, static_argnames=("model", "cfg"))
+_advance = jax.jit(advance, static_argnames=("model", "cfg"), donate_argnames="state")
+
+
+def stream(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cfg: SamplingConfig) -> Iterator[int]:
+    """The tokens that `generate` gives one prompt (N = 1) for the same key, each as soon as it is drawn."""
+    state, row_keys = _begin(params, prompt, model=model, cfg=cfg), keys_of_rows(key, 1)
+    for step in range(cfg.max_new_tokens):
+        state = _advance(params, state, row_keys, model=model, cfg=cfg)
+        token = int(state.reply.tokens[0, step])
+        yield token
+        if token == model.config.eos_token_id:
+            return
 
 
 def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:

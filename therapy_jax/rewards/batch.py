@@ -58,8 +58,11 @@ class RewardBatch(NamedTuple):
     frozen: Frozen  # the classifiers' parameters, shares of the labels in train
 
 
-def make_references(exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any, *, model: gpt2.GPT2) -> References:
-    """What the data says about each exchange, as host arrays."""
+def make_references(
+    exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any, *, model: gpt2.GPT2,
+    at_once: int = classifiers.TOKENS_AT_ONCE,
+) -> References:  # fmt: skip
+    """What the data says about each exchange, as host arrays. `at_once`: tokens that the trunk reads in one batch."""
     replies, clients, before = (
         [prompts.encode_text(tokenizer, text) for text in texts]
         for texts in (
@@ -78,7 +81,7 @@ def make_references(exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any
         np.arange(len(exchanges), dtype=np.int32),
         *padded(replies),
         *padded(clients),
-        *(classifiers.means(trunk, rows, model=model) for rows in (replies, clients, before)),
+        *(classifiers.means(trunk, rows, model=model, at_once=at_once) for rows in (replies, clients, before)),
         *(ids.astype(np.int32) for ids in (emotion, classifiers.label_ids("strategy", exchanges))),
     ]
     return References(*arrays)
