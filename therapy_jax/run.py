@@ -121,9 +121,7 @@ def start(config: Config, stage: str) -> Path:
                 f"run_dir {folder} cannot be written ({error.strerror or error}); choose another with --run_dir"
             ) from error
     processes.wait_for_all("run folder")
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_cache(config)
     commit()
     devices = jax.devices()
     if devices[0].platform == "cpu":
@@ -132,6 +130,15 @@ def start(config: Config, stage: str) -> Path:
         f"[bold]{stage}[/]: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), run folder {escape(str(folder))}"
     )
     return folder
+
+
+def use_cache(config: Config) -> None:
+    """Keep compiled programs in the folder that the config names, so that a second start need not compile."""
+    import jax
+
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 _locks: dict[str, int] = {}  # run folders that this process holds -> file descriptors, until it ends
