@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 import rich.box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -54,9 +56,8 @@ def main(config: Config, text: str | None, emotion: str | None) -> None:
         data = {split: [e for d in part for e in exchanges(d)] for split, part in dialogues.items()}
         bench = loupe.load(folder, config, data)
         exchange, where = choose(data, text, emotion)
-        say(
-            f"{REPLIES} replies to one prompt, estimator gae, so that each step has something to show; the config says {asked}."
-        )
+        say(f"""{REPLIES} replies to one prompt, with estimator gae, so that each step has something to show (the config says
+            {asked}).""")
         if len(jax.devices()) > 1:
             say("One device is used, however many there are.")
         walk(bench, config, exchange, where)
@@ -84,47 +85,47 @@ def walk(bench: Any, config: Config, exchange: Exchange, where: str) -> None:
     row("client", exchange.client.text)
     row("client's emotion", exchange.client.emotion or "not annotated")
     row("therapist", exchange.therapist.text)
-    row("stated emotion", exchange.therapist.emotion or "not annotated")
+    row("therapist's emotion", exchange.therapist.emotion or "not annotated")
 
     title("The prompt", "prompts.py, batching.py")
+    say("""Text becomes tokens, with markers between the parts. Prompts are padded on the left, so that all replies of a batch
+        start in the same column. The mask comes from lengths, never from ids.""")
     prompt, references = loupe.ask(bench, config, [exchange])
-    say(
-        "Text becomes tokens; markers stand between the parts. Prompts are padded on the left, so that all replies of a batch"
-    )
-    say("start in the same column. The mask comes from lengths, never from ids.")
-    array("prompt.tokens", prompt.tokens, "ids; the oldest whole context turns go first where there is no room")
-    array("prompt.mask", prompt.mask, f"True = a real token: {int(prompt.mask.sum())} of {prompt.mask.size}")
+    for name, meaning in meanings(type(prompt)).items():
+        array(f"prompt.{name}", getattr(prompt, name), meaning)
     ids = prompt.tokens[0][prompt.mask[0]].tolist()
+    row("tokens that count", f"{len(ids)} of {prompt.mask.size}")
     say("|".join(shown(word) for word in loupe.words_of(tokenizer, ids)), indent=2)
 
-    title("Prefill: the prompt is read once", "gpt2.py, sampling.py")
+    title("Prefill: the prompt is read once", "gpt2.py, sampling.prefill")
     times, room = cfg.replies_per_prompt, config.sampling.max_new_tokens
+    say(f"""Each layer keeps its keys and values, so that a new token costs one step and not the whole text again. The {times}
+        replies share the prompt: it is read once, and its cache copied.""")
     prefill = loupe.once(functools.partial(sampling.prefill, times=times, room=room, model=model))
     hidden, cache = prefill(state.params["policy"], prompt)
-    say(
-        f"Each layer keeps its keys and values, so that a new token costs one step and not the whole text again. The {times} replies"
-    )
-    say("share the prompt: it is read once and its cache copied.")
-    array("hidden", hidden, "state at the prompt's end, which predicts the first token of the reply")
+    array("hidden", hidden, "[B, D] the state at the prompt's end, which predicts the first token of the reply")
     for name, meaning in meanings(gpt2.KVCache).items():
         array(f"cache.{name}", getattr(cache, name), meaning)
 
-    title("The replies", "sampling.py, ppo.rollout")
+    title("The replies", "sampling.generate, ppo.rollout")
+    say(f"""Token by token from softmax(logits / {temperature:g}), each reply with random numbers of its own, until EOS or the
+        limit of {room} tokens.""")
     reply, batch, raw = loupe.answer(bench, config, [exchange], prompt, references, key)
-    say(
-        f"Token by token from softmax(logits / {temperature:g}), each reply with random numbers of its own, until EOS or the limit."
-    )
     for name, meaning in meanings(sampling.Reply).items():
         array(f"reply.{name}", getattr(reply, name), meaning)
     mask = np.asarray(reply.mask)
-    ids = [np.asarray(reply.tokens)[i][mask[i]].tolist() for i in range(REPLIES)]
-    for i in range(REPLIES):
-        row(f"reply {i}", shown("".join(loupe.words_of(tokenizer, ids[i]))))
-    words = loupe.words_of(tokenizer, ids[0])
-    say("From here on values are those of reply 0; every array has a row for each reply.")
+    replies = [
+        loupe.words_of(tokenizer, row[counts].tolist())
+        for row, counts in zip(np.asarray(reply.tokens), mask, strict=True)
+    ]
+    for i, words in enumerate(replies):
+        row(f"reply {i}", shown("".join(words)))
+    words = replies[0]
+    tokens = [shown(word) for word in words]
+    say("Every array has a row for each reply. From here on, what is shown token by token is reply 0.")
 
     title("What the reward terms read", "rewards/batch.py, rewards/words.py")
-    say("Sub-words are folded into words on the device, meanings are read by the frozen SFT model.")
+    say("Sub-words are folded into words on the device. What a text means is read by the frozen SFT model.")
     for name, meaning in meanings(reward_batch.RewardBatch).items():
         if name != "frozen":
             array(f"batch.{name}", getattr(batch, name), meaning)
@@ -133,135 +134,134 @@ def walk(bench: Any, config: Config, exchange: Exchange, where: str) -> None:
     say("Every term gives one number a reply. score = sum of weight * term.")
     if config.rewards.standardise:
         say("rewards.standardise: each term enters as (value - mean) / sd of all its values so far.")
+    combine = loupe.combine_fn(bench, config)
     state = state._replace(reward_stats=init_stats(raw))
     bench = bench._replace(state=state)
-    scores, _, _ = loupe.combine_fn(bench, config)(raw, state.reward_stats)
-    columns = [["term", "weight", *(f"reply {i}" for i in range(REPLIES)), "weighted, reply 0"]]
+    scores, _, _ = combine(raw, state.reward_stats)
+    rows = [["term", "weight", *(f"reply {i}" for i in range(times)), "weighted, reply 0"]]
     for name, values in sorted(raw.items()):
-        one = {other: x if other == name else jnp.zeros_like(x) for other, x in raw.items()}
-        part, _, _ = loupe.combine_fn(bench, config)(one, state.reward_stats)  # the score were this the only term
-        weight = bench.scorer.weights.get(name, 1.0)
-        columns.append([name, f"{weight:g}", *(f"{number(x)}" for x in values), number(part[0], sign=True)])
-    columns.append(["score", "", *(number(x) for x in scores), number(scores[0], sign=True)])
-    grid(columns)
-    array("scores", scores, "their sum; the update only sees differences between replies")
+        alone = {other: x if other == name else jnp.zeros_like(x) for other, x in raw.items()}
+        part = combine(alone, state.reward_stats)[0]  # the score, were this the only term
+        rows.append(
+            [name, f"{bench.scorer.weights.get(name, 1.0):g}", *map(number, values), number(part[0], sign=True)]
+        )
+    table([*rows, ["score", "", *map(number, scores), number(scores[0], sign=True)]])
+    array("scores", scores, "[B] the update sees only by how much they differ")
 
-    title("The policy beside the reference: KL", "ppo.read_both, head.py")
-    read_both = loupe.once(ppo.read_both, static_argnames=("model", "cfg", "temperature"))
-    logprobs, entropy, ref_logprobs, values = read_both(state, prompt, reply.tokens, reply.mask, **how)
-    kl = jnp.where(reply.mask, logprobs - ref_logprobs, 0.0)
-    k3 = jnp.where(reply.mask, jnp.exp(-kl) - 1 + kl, 0.0)
-    say(
-        "Both models read the whole reply at once and say how likely each token was. k1 = logprob - ref_logprob shapes the reward;"
+    title("Policy and reference: KL", "ppo.read_both, head.py")
+    say("""Both models read the whole reply at once and say how likely each token was. k1 = logprob - ref_logprob shapes the
+        reward; k3 = exp(-k1) - 1 + k1, which is never negative, is logged.""")
+
+    def before_the_update(state, prompt, reply, scores):  # one program for all that is known before the first step
+        rollout, seen = ppo.judge(state, prompt, reply, scores, **how)
+        loss = ppo.ppo_loss(state.params, rollout, **how)[1]
+        return ppo.read_both(state, prompt, reply.tokens, reply.mask, **how), rollout, seen, loss
+
+    (logprobs, entropy, ref_logprobs, values), rollout, seen, loss = loupe.once(before_the_update)(
+        state, prompt, reply, scores
     )
-    say("k3 = exp(-k1) - 1 + k1 is never negative, and logged.")
-    array("logprobs", logprobs, "nats; recomputed by the function that the update uses, so that its ratio starts at 1")
-    array("ref_logprobs", ref_logprobs, "nats, of the frozen SFT policy")
-    array("entropy", entropy, "nats, of the policy's whole distribution at each token")
-    row("k1, k3 of reply 0", f"{float(kl[0].sum()):.4f}, {float(k3[0].sum()):.4f} nats, summed over its tokens")
-    gap = float(jnp.abs(reply.logprobs - logprobs).max())
-    row("sampler gap", f"{gap:.1e} nats: the most that the sampler's own log-probs differ from these")
+    kl = jnp.where(reply.mask, logprobs - ref_logprobs, 0.0)
+    array("logprobs", logprobs, "[B, R] nats; recomputed as the update computes them, so that its ratio starts at 1")
+    array("ref_logprobs", ref_logprobs, "[B, R] nats, of the frozen SFT policy")
+    array("entropy", entropy, "[B, R] nats, of the policy's whole distribution at each token")
+    array("kl", kl, "[B, R] nats, k1")
+    row(
+        "KL a reply",
+        f"k1 {float(seen['kl']):.4f}, k3 {float(seen['kl_k3']):.4f} nats: sums over tokens, mean over replies",
+    )
+    row(
+        "sampler gap",
+        f"{float(seen['sampler_gap']):.1e} nats: how far the sampler's own log-probs are from these, on average",
+    )
     if bench.stage == "sft":
         say("The policy has not moved yet: it is the reference, and the KL is 0.")
 
     title("Shaped rewards", "advantages.shape_rewards")
+    beta, spent, score = float(state.kl_coef), float(kl[0].sum()), float(scores[0])
+    say(f"A token costs beta * k1, beta = {beta:g}. The score lands on the last token.")
     rewards = shape_rewards(scores, kl, reply.mask, kl_coef=state.kl_coef)
-    beta = float(state.kl_coef)
-    say("A token costs beta * k1; the score lands on the last token.")
-    array("rewards", rewards, f"-beta * k1, beta = {beta:g}, + score at the end")
-    total, score, spent = float(rewards[0].sum()), float(scores[0]), float(kl[0].sum())
-    row("sum of rewards", f"{total:.6f}")
-    row("score - beta * KL", f"{score:.6f} - {beta:g} * {spent:.6f} = {score - beta * spent:.6f}   (the same)")
+    array("rewards", rewards, "[B, R] they sum to score - beta * KL:")
+    columns = (logprobs, ref_logprobs, kl, rewards)
+    rows = [[str(t), token, *(number(x[0, t]) for x in columns)] for t, token in enumerate(tokens)]
+    sums = ["", "sum", *(number(x[0].sum()) for x in columns)]
+    table([["t", "token", "logprob", "ref_logprob", "k1", "reward"], *rows, sums], text=(1,))
+    row("sum of rewards", f"{float(rewards[0].sum()):.6f}")
+    row("score - beta * KL", f"{score:.6f} - {beta:g} * {spent:.6f} = {score - beta * spent:.6f}")
 
-    title("Values and generalised advantages", "ppo.read, advantages.gae")
-    advantages, returns = gae(rewards, values, reply.mask, gamma=cfg.gamma, lam=cfg.lam)
-    say(
-        f"A(t) = r(t) + gamma V(t+1) - V(t) + gamma lambda A(t+1), from the last token up; gamma {cfg.gamma:g}, lambda {cfg.lam:g}."
-    )
-    say("Read the table from its last row: each row takes V and A of the row below, 0 behind the end.")
+    title("Values, and generalised advantages", "ppo.read, advantages.gae")
+    say(f"""A(t) = r(t) + gamma V(t+1) - V(t) + gamma lambda A(t+1), from the last token up, with gamma {cfg.gamma:g} and
+        lambda {cfg.lam:g}. Read the table from its last row: each row takes V and A of the row below it, and 0 behind the end.""")
     if not np.asarray(values).any():
-        say("The critic starts at 0: advantages are the rewards to come, and nothing else.")
-    array("values", values, "the critic's guess of the rewards to come, before the token is written")
-    array("advantages", advantages, "how much better than that guess it went")
-    array("returns", returns, "advantages + values: what the critic learns")
-    n = len(words)
-    following = [[*(float(x) for x in column[0][1:n]), 0.0] for column in (values, advantages)]
+        say("The critic starts at 0, so that advantages are the rewards to come and nothing else.")
+    advantages, returns = gae(rewards, values, reply.mask, gamma=cfg.gamma, lam=cfg.lam)
+    array("values", values, "[B, R] the critic's guess of the rewards to come, before the token is written")
+    array("advantages", advantages, "[B, R] by how much it went better than that guess")
+    array("returns", returns, "[B, R] advantages + values: what the critic learns")
     rows = [["t", "token", "r(t)", "V(t)", "V(t+1)", "A(t+1)", "A(t)"]]
-    for t in range(n):
-        numbers = (rewards[0, t], values[0, t], following[0][t], following[1][t], advantages[0, t])
-        rows.append([str(t), shown(words[t]), *map(number, numbers)])
-    grid(rows, text=(1,))
+    for t, token in enumerate(tokens):
+        below = (values[0, t + 1], advantages[0, t + 1]) if t + 1 < len(tokens) else (0.0, 0.0)
+        rows.append([str(t), token, *map(number, (rewards[0, t], values[0, t], *below, advantages[0, t]))])
+    table(rows, text=(1,))
 
     title("Whitened advantages", "advantages.whiten")
     white = whiten(advantages, reply.mask)
-    spread = (masked_mean(jnp.square(x - masked_mean(x, reply.mask)), reply.mask) ** 0.5 for x in (advantages, white))
-    before, after = (
-        f"mean {float(masked_mean(x, reply.mask)):.3f}, sd {float(sd):.3f}"
-        for x, sd in zip((advantages, white), spread, strict=True)
-    )
-    say(f"Over all {int(mask.sum())} tokens of all replies: {before} -> {after}.")
-    say("" if cfg.whiten else "ppo.whiten is off: the update takes them as they are.")
-    array("whitened", white, "what the loss takes")
+
+    def spread(x):
+        mean = masked_mean(x, reply.mask)
+        return f"mean {number(mean)}, sd {number(jnp.sqrt(masked_mean(jnp.square(x - mean), reply.mask)))}"
+
+    say(f"Over all {int(mask.sum())} tokens of all replies: {spread(advantages)} -> {spread(white)}.")
+    if not cfg.whiten:
+        say("ppo.whiten is off: the update takes them as they were.")
+    array("whitened", white, "[B, R] what the loss takes")
     say("Without a critic the other replies to the prompt are the baseline, and each token of a reply gets the same:")
     sums = rewards.sum(1)
-    row("RLOO, by reply", ", ".join(number(x) for x in rloo(sums, REPLIES)))
-    row("GRPO, by reply", ", ".join(number(x) for x in grpo(sums, REPLIES)))
+    row("rloo, by reply", ", ".join(map(number, rloo(sums, times))))
+    row("grpo, by reply", ", ".join(map(number, grpo(sums, times))))
 
     title("The loss, before the first step", "ppo.ppo_loss")
-    judge = loupe.once(ppo.judge, static_argnames=("model", "cfg", "temperature"))
-    rollout, _ = judge(state, prompt, reply, scores, **how)
-    loss_fn = loupe.once(ppo.ppo_loss, static_argnames=("model", "cfg", "temperature"))
-    _, metrics = loss_fn(state.params, rollout, **how)
-    say(
-        f"ratio = exp(logprob - old_logprob); loss = -mean min(ratio A, clip(ratio, {1 - cfg.clip:g}, {1 + cfg.clip:g}) A)"
-    )
-    say(
-        f"+ {cfg.value_coef:g} * value loss - {cfg.entropy_coef:g} * entropy. All that the update needs is in one Rollout:"
-    )
+    near = f"clip(ratio, {1 - cfg.clip:g}, {1 + cfg.clip:g})"
+    say(f"""ratio = exp(logprob - old_logprob); loss = -mean min(ratio A, {near} A) + {cfg.value_coef:g} * value loss
+        - {cfg.entropy_coef:g} * entropy. All that the update needs is in one Rollout:""")
     for name, meaning in meanings(ppo.Rollout).items():
-        if name not in ("prompt",):
+        if name != "prompt":
             array(f"rollout.{name}", getattr(rollout, name), meaning)
-    row("largest |ratio - 1|", f"{float(metrics['ratio_gap']):.1e}: nothing has moved yet")
+    row("largest |ratio - 1|", f"{float(loss['ratio_gap']):.1e}: nothing has moved yet")
     for name in ("policy_loss", "value_loss", "loss"):
-        row(name, f"{float(metrics[name]):.6f}")
+        if name in loss:
+            row(name, f"{float(loss[name]):.6f}")
 
     title("The update", "ppo.learn, ppo.ppo_update")
+    say(f"""Passes over the replies: {cfg.epochs}, one optimizer step each. The gradient is clipped to norm
+        {cfg.max_grad_norm:g}; AdamW steps at {cfg.learning_rate:.2g}, a tenth of the config's peak, where a run ends: an
+        optimizer without moments takes large steps.""")
     learnt, metrics = loupe.improve(bench, config, prompt, reply, raw, key)
-    say(
-        f"{cfg.epochs} pass{'es' * (cfg.epochs > 1)} over the replies, one step each: clip the gradient to norm {cfg.max_grad_norm:g}, then AdamW at {cfg.learning_rate:.2g}."
-    )
     explain = {
-        "grad_norm": "of all parameters, before it is clipped; mean over the steps, like the next three",
+        "grad_norm": "of all parameters, before clipping; mean over the steps, like the next three",
         "policy_loss": "of the loss above",
         "value_loss": "half the squared error of the critic",
         "clip_fraction": f"share of tokens whose ratio has left [{1 - cfg.clip:g}, {1 + cfg.clip:g}]",
         "ratio_gap_start": "largest |ratio - 1| of the first step",
         "ratio_gap": "and of any step, before it is taken",
-        "skipped": f"steps left out, since the policy had moved by more than ppo.max_update_kl ({cfg.max_update_kl})",
+        "skipped": f"steps left out because the policy had moved by more than ppo.max_update_kl ({cfg.max_update_kl})",
     }
     for name, meaning in explain.items():
-        row(name, f"{float(metrics[name]):.4g}   {meaning}")
-    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), learnt.params["policy"], state.params["policy"])
-    row(
-        "largest change",
-        f"{max(float(x) for x in jax.tree.leaves(moved)):.2g} in a parameter of the policy; {gpt2.count(learnt.params['policy']):,} there are",
-    )
+        array(name, metrics[name], meaning, value=f"{float(metrics[name]):.4g}")
+    changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), learnt.params["policy"], state.params["policy"])
+    count = gpt2.count(learnt.params["policy"])
+    row("largest change", f"{max(jax.tree.leaves(changes)):.2g}, in one of the policy's {count:,} parameters")
 
     title("The loupe: reply 0 after the update", "loupe.py")
-    look = loupe.once(loupe.look, static_argnames=("model", "cfg", "temperature"))
-    seen = look(state, learnt, prompt, reply, scores, **how)
-    one = loupe.of_reply(seen, reply.mask, 0)
-    say(
-        "Where the advantage is above 0 the ratio should be above 1, and below where it is below. All tokens share the weights, so"
-    )
-    say("that a token may also be carried along by the others.")
-    strip(words, one.advantages)
-    rows = [["token", *(name.replace("_", " ") for name in loupe.Loupe._fields)]]
-    rows += [[shown(word), *(number(x[t]) for x in one)] for t, word in enumerate(words)]
-    grid(rows, text=(0,))
+    say("""Where the advantage is above 0 the ratio should be above 1, and where it is below, below. All tokens share the
+        weights, so that one may be carried along by the others.""")
+    look = loupe.once(functools.partial(loupe.look, **how))
+    one = loupe.of_reply(look(state, learnt, prompt, reply, scores), reply.mask, 0)
+    strip(tokens, one.advantages)
+    rows = [[token, *(number(x[t]) for x in one)] for t, token in enumerate(tokens)]
+    table([["token", *(name.replace("_", " ") for name in one._fields)], *rows], text=(0,))
     right = int(((one.ratio > 1) == (one.advantages > 0)).sum())
     say(
-        f"The ratio went where the advantage asked for on {right} of {n} tokens. This was one iteration; {config.ppo.iterations} make a run."
+        f"The ratio went where the advantage pulls on {right} of {len(words)} tokens. That was one iteration; a run has {cfg.iterations}."
     )
 
 
@@ -281,10 +281,8 @@ def models(config: Config, dialogues: dict[str, list[Dialogue]]) -> Iterator[tup
 
     from therapy_jax import sharding, weights
 
-    say(
-        f"{folder} holds no SFT model (scripts/train_sft.py makes one): a model that has LEARNT NOTHING walks instead. Its words"
-    )
-    say("are noise; every number is computed as it would be in training.")
+    say(f"""{folder} holds no SFT model (scripts/train_sft.py makes one): a model that has LEARNT NOTHING walks instead. Its
+        words are noise; every number is computed as it would be in training.""")
     reader = dataclasses.replace(config.classifiers, epochs=1, members=1)
     short = dataclasses.replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, SHORT))
     config = dataclasses.replace(config, pretrain=None, classifiers=reader, sampling=short, mesh=MeshConfig(data=1))
@@ -328,51 +326,44 @@ def take_own(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
 # --------------------------------------------------------------------------------------------------------------- printing
 
 
-_section = 0
+_numbers = itertools.count(1)
 
 
 def title(text: str, file: str) -> None:
-    global _section
-    _section += 1
     console.print()
-    console.print(Text.assemble((f"{_section}. {text}", "bold"), "  ", (file, "dim")))
+    console.print(Text.assemble((f"{next(_numbers)}. {text}", "bold"), "  ", (file, "dim")))
 
 
 def say(text: str, indent: int = 0) -> None:
-    if text:
-        console.print(Text(" " * indent + text))
+    """A paragraph; its lines are those of the screen, not of the source. Indented text is shown as it is."""
+    console.print(Padding(Text(text), (0, 0, 0, indent)) if indent else Text(" ".join(text.split())))
 
 
 def row(name: str, value: str) -> None:
     line = Table.grid(padding=(0, 2, 0, 0))
-    line.add_column(width=24)
+    line.add_column(width=26)
     line.add_column(overflow="fold")
     line.add_row(Text("  " + name, style="cyan"), Text(value))
     console.print(line)
 
 
-def array(name: str, x: Any, meaning: str) -> None:
-    """Name, dtype and shape, meaning."""
-    dtype = re.sub(r"^(float|int|uint)", lambda m: m[1][0], str(x.dtype))
+def array(name: str, x: Any, meaning: str, value: str | None = None) -> None:
+    """Name, dtype and shape (or the value), meaning."""
+    dtype = re.sub(r"^(float|int|uint)", lambda found: found[1][0], str(x.dtype))
     line = Table.grid(padding=(0, 2, 0, 0))
-    line.add_column(width=24, no_wrap=True)
-    line.add_column(width=17, no_wrap=True)
-    line.add_column(overflow="fold")
-    shape = f"{dtype}[{','.join(map(str, x.shape))}]"
-    line.add_row(Text("  " + name, style="cyan"), Text(shape, style="green"), Text(meaning, style="dim"))
+    for width in (26, 17, None):
+        line.add_column(width=width, overflow="fold")
+    what = f"{dtype}[{','.join(map(str, x.shape))}]" if value is None else value
+    line.add_row(Text("  " + name, style="cyan"), Text(what, style="green"), Text(meaning, style="dim"))
     console.print(line)
 
 
-def grid(rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> None:
+def table(rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> None:
     """Head and rows; numbers to the right, the first column and `text` to the left."""
     out = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(rows[0]):
-        out.add_column(
-            Text(name),
-            justify="left" if i == 0 or i in text else "right",
-            max_width=24 if i in text else None,
-            overflow="fold",
-        )
+        side, width = ("left", 24) if i in text else ("left" if i == 0 else "right", None)
+        out.add_column(Text(name), justify=side, max_width=width, overflow="fold")
     for cells in rows[1:]:
         out.add_row(*map(Text, cells))
     console.print(out)
@@ -400,11 +391,9 @@ def number(x: Any, sign: bool = False) -> str:
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """The fields of a NamedTuple and the comments that stand beside them in the source."""
-    return {
-        name: comment
-        for name, comment in re.findall(r"^    (\w+): [^#\n]+?(?:  # (.*))?$", inspect.getsource(kind), re.M)
-    }
+    """The fields of a NamedTuple and the comments that stand beside them in the source, less the dtype."""
+    found = re.findall(r"^    (\w+): [^#\n]+?(?:  # (.*))?$", inspect.getsource(kind), re.MULTILINE)
+    return {name: re.sub(r"^(i32|f32|bool)(\[[\w, /]*\]),?", r"\2", comment) for name, comment in found}
 
 
 if __name__ == "__main__":

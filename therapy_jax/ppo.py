@@ -62,10 +62,10 @@ class Rollout(NamedTuple):
     prompt: Prompt  # N of them; their B / N replies each stand side by side
     tokens: Array  # i32[B,R]
     mask: Array  # bool[B,R]
-    old_logprobs: Array
-    old_values: Array
-    advantages: Array
-    returns: Array
+    old_logprobs: Array  # nats, of the policy before the update
+    old_values: Array  # of the critic before the update
+    advantages: Array  # whitened where cfg.whiten says so
+    returns: Array  # what the critic learns
 
 
 def optimizer(cfg: PPOConfig) -> optax.GradientTransformation:

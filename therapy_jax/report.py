@@ -477,7 +477,10 @@ th { font-weight: 600; color: var(--quiet); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: pre; }
 table.text td, table.text th { text-align: left; white-space: normal; } table.text td:last-child { min-width: 16rem; }
 figure { margin: 0 0 1.5rem; } figure img { display: block; width: calc(var(--columns) * 21.8rem); max-width: 100%; height: auto; }
-@media (max-width: 44rem) { figure img { width: calc(var(--columns) * 16rem); max-width: none; } main { padding: 1.25rem 1rem 3rem; } }
+@media (max-width: 44rem) {
+  main { padding: 1.25rem 1rem 3rem; }
+  figure img { width: calc(var(--columns) * 16rem); max-width: none; }
+}
 figure.paper img { background: #fff; border-radius: 4px; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--quiet); font-size: .875rem; }
 pre { font-size: .8rem; line-height: 1.45; overflow-x: auto; background: var(--card); padding: 1rem; border-radius: 6px; }
@@ -489,12 +492,13 @@ article > :last-child { margin-bottom: 0; }
 .lenses { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .5rem 0; font-size: .85rem; }
 .lenses label { display: inline-flex; align-items: center; gap: .3rem; white-space: nowrap; }
 .lenses input { margin: 0; accent-color: #0072b2; }
-.strip { position: relative; padding-bottom: 3.4rem; line-height: 2; overflow-wrap: anywhere; }
+.strip { position: relative; padding-bottom: 2.2rem; line-height: 2; overflow-wrap: anywhere; }
 .t { white-space: pre-wrap; padding: .15rem .1rem; border-radius: 3px; cursor: default; background: var(--advantages); margin-right: 1px; }
 .t:hover, .t:focus { outline: 2px solid var(--quiet); }
-.n, .hint { position: absolute; left: 0; right: 0; bottom: 0; min-height: 3.1rem; line-height: 1.5; }
+.n, .hint { position: absolute; left: 0; right: 0; bottom: 0; min-height: 1.9rem; line-height: 1.5; }
 .n { display: none; flex-wrap: wrap; align-content: flex-start; gap: 0 1rem; background: var(--card); font-size: .85rem;
   font-variant-numeric: tabular-nums; z-index: 1; }
+@media (max-width: 44rem) { .strip { padding-bottom: 5.2rem; } .n, .hint { min-height: 4.9rem; } }
 .n b { font-weight: 600; }
 .t:focus .n { display: flex; } .t:hover .n { display: flex; z-index: 2; }
 """ + "\n".join(f".loupe:has(input[value={key}]:checked) .t {{ background: var(--{key}); }}" for key in LENSES)
