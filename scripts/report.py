@@ -7,14 +7,14 @@ All settings but run_dir are those of the run itself (its config.yaml).
 import dataclasses
 
 from therapy_jax import config as config_module
-from therapy_jax import run
+from therapy_jax import files, run
 from therapy_jax.config import Config, ConfigError
 
 
 def main(config: Config) -> None:
     from therapy_jax import report
 
-    folder = run.as_path(config.run_dir)
+    folder = files.as_path(config.run_dir)
     if not folder.is_dir():
         raise ConfigError(f"run_dir {folder}: there is no such folder; name one that a script has made")
     if (folder / "config.yaml").is_file():

@@ -4,12 +4,8 @@ Everything that is shown was computed by the functions that train, on the models
 model that has learnt nothing. Nothing is written to run_dir.
 
     python scripts/walkthrough.py --config configs/quickstart.yaml --text "My sister stopped calling me." --emotion sadness
-
---text TEXT (default: an exchange of the test split) and --emotion WORD (of the client; default: neutral) are this script's
-own; all other options are those of the config.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -19,6 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from therapy_jax import run
-from therapy_jax.config import Config, MeshConfig
+from therapy_jax import files, run
+from therapy_jax.config import Config, ConfigError, MeshConfig
 from therapy_jax.dialogue import EMOTIONS, Dialogue, Exchange, Turn, exchanges
 
 REPLIES = 4  # to the one prompt
@@ -37,12 +34,24 @@ SHORT = 12  # tokens a reply of the model that has learnt nothing: there is no m
 console = Console(width=min(Console().width, 100) if sys.stdout.isatty() else 100, highlight=False, markup=False)
 
 
-def main(config: Config, text: str | None, emotion: str | None) -> None:
+@dataclass(frozen=True)
+class Options:
+    text: str | None = None
+    """What the client says; null = an exchange of the test split."""
+    emotion: str | None = None
+    """What the client feels, one word of dialogue.EMOTIONS; null = as annotated, or neutral."""
+
+
+def main(config: Config, options: Options) -> None:
     import jax
 
     from therapy_jax import loupe, ppo
 
     ppo.check(config.sampling)
+    if options.emotion not in (None, *EMOTIONS):
+        raise ConfigError(f"--emotion {options.emotion!r} is none of the emotions: {', '.join(EMOTIONS)}")
+    if options.text is not None and not options.text.strip():
+        raise ConfigError("--text is empty; give a sentence, such as --text 'My sister stopped calling me.'")
     run.use_cache(config)
     dialogues = run.read_data(config.data, config.seed)
     with models(config, dialogues) as (folder, config):
@@ -55,7 +64,7 @@ def main(config: Config, text: str | None, emotion: str | None) -> None:
         asked, config = config.ppo.estimator, loupe.for_one_iteration(config, **few)
         data = {split: [e for d in part for e in exchanges(d)] for split, part in dialogues.items()}
         bench = loupe.load(folder, config, data)
-        exchange, where = choose(data, text, emotion)
+        exchange, where = choose(data, options.text, options.emotion)
         say(f"""{REPLIES} replies to one prompt, with estimator gae, so that each step has something to show (the config says
             {asked}).""")
         if len(jax.devices()) > 1:
@@ -271,7 +280,7 @@ def walk(bench: Any, config: Config, exchange: Exchange, where: str) -> None:
 @contextlib.contextmanager
 def models(config: Config, dialogues: dict[str, list[Dialogue]]) -> Iterator[tuple[Path, Config]]:
     """-> (a folder with sft/model, the config that belongs to it): run_dir, or one that lasts as long as this script."""
-    folder = run.as_path(config.run_dir)
+    folder = files.as_path(config.run_dir)
     if (folder / "sft" / "model" / "model.safetensors").is_file():
         trained = "SFT and PPO" if (folder / "ppo" / "model" / "model.safetensors").is_file() else "SFT"
         say(f"Models: {folder}, after {trained}.")
@@ -306,21 +315,6 @@ def choose(data: dict[str, list[Exchange]], text: str | None, emotion: str | Non
     (nearest,) = baselines.retrieval(data["train"], [asked])
     where = "Nobody has answered yours yet: the reply to the nearest client of train stands in, since rewards compare with one."
     return dataclasses.replace(asked, therapist=nearest), where
-
-
-def take_own(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
-    """--text and --emotion -> (text, emotion, what is left for the parser of the config)."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--config FILE.yaml] [--text TEXT] [--emotion WORD] [--section.name VALUE ...]",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--text")
-    parser.add_argument("--emotion", choices=EMOTIONS)
-    known, rest = parser.parse_known_args(argv)
-    if known.text is not None and not known.text.strip():
-        parser.error("--text is empty; give a sentence, such as --text 'My sister stopped calling me.'")
-    return known.text, known.emotion, rest
 
 
 # --------------------------------------------------------------------------------------------------------------- printing
@@ -397,5 +391,4 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    own_text, own_emotion, sys.argv[1:] = take_own(sys.argv[1:])
-    run.main(functools.partial(main, text=own_text, emotion=own_emotion), __doc__ or "")
+    run.main(main, __doc__ or "", Options)

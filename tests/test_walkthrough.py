@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def check(said: str) -> None:
 
 @pytest.mark.slow
 def test_from_nothing_it_says_so_and_leaves_nothing(walkthrough, tiny, capsys):
-    walkthrough.main(tiny, None, None)
+    walkthrough.main(tiny, walkthrough.Options())
     said = capsys.readouterr().out
     check(said)
     assert "LEARNT NOTHING" in said and "The policy has not moved yet" in said
@@ -98,7 +99,8 @@ def test_from_a_run_folder_with_ones_own_sentence(walkthrough, tiny, tmp_path, c
         folder / "ppo" / "model" / "value_head.safetensors",
     )
     capsys.readouterr()
-    walkthrough.main(tiny, EVIL, "anger")
+    _, options = config.parse_with(walkthrough.Options, ["--text", EVIL, "--emotion", "anger"])
+    walkthrough.main(tiny, options)
     said = capsys.readouterr().out
     check(said)
     assert "after SFT and PPO" in said and "LEARNT NOTHING" not in said and "The critic starts at 0" not in said
@@ -129,9 +131,16 @@ def test_ones_own_sentence_borrows_the_reply_to_the_nearest_client(walkthrough):
     assert walkthrough.choose(data, None, None)[0].client.text == "x"
 
 
-def test_a_mistake_in_its_own_options_is_named(walkthrough, capsys):
-    assert walkthrough.take_own(["--text", "a", "--ppo.clip", "0.1"]) == ("a", None, ["--ppo.clip", "0.1"])
-    for argv, named in ((["--emotion", "sad"], "sadness"), (["--text", " "], "--text is empty")):
-        with pytest.raises(SystemExit) as stop:
-            walkthrough.take_own(argv)
-        assert stop.value.code == 2 and named in capsys.readouterr().err
+@pytest.mark.parametrize(("own", "named"), [({"emotion": "sad"}, "sadness"), ({"text": " "}, "--text is empty")])
+def test_a_mistake_in_its_own_options_is_named(walkthrough, tiny, own, named):
+    with pytest.raises(config.ConfigError, match=named):
+        walkthrough.main(tiny, walkthrough.Options(**own))
+
+
+def test_help_names_its_own_options_without_jax():
+    code = "import sys, runpy; sys.argv = ['x', '--help']\n"
+    code += "try: runpy.run_path('scripts/walkthrough.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "What the client says" in done.stdout and "--emotion" in done.stdout

@@ -28,6 +28,7 @@ from therapy_jax.advantages import shape_rewards
 from therapy_jax.batching import Prompt
 from therapy_jax.config import Config, MeshConfig, PPOConfig
 from therapy_jax.dialogue import Exchange, exchanges, read_dialogues
+from therapy_jax.files import fetched
 from therapy_jax.gpt2 import Array
 from therapy_jax.ppo import PPOState
 from therapy_jax.rewards import combine, scoring
@@ -109,18 +110,16 @@ def load(folder: Path, config: Config, data: dict[str, list[Exchange]]) -> Bench
     gpt2_config, reference, tokenizer = stages.load_model(folder, "sft", config)
     scorer = stages.make_scorer(folder, config, data, gpt2_config, reference, tokenizer)
     tx = ppo.optimizer(config.ppo)
-    # jnp.copy: the update gets a policy of its own, whatever memory the host arrays share with the reference
-    fresh = jax.tree.map(jnp.array, reference)
-    state = ppo.init_state(fresh, gpt2_config, tx, config.ppo, combine.init_stats(()))
+    state = ppo.init_state(jax.tree.map(jnp.array, reference), gpt2_config, tx, config.ppo, combine.init_stats(()))
     stage, trained = "sft", folder / "ppo" / "model"
     if (trained / "model.safetensors").is_file():
         stage, value = "ppo", dict(state.params["value"])
         if (trained / "value_head.safetensors").is_file():
-            head = load_file(trained / "value_head.safetensors")
+            head = load_file(fetched(trained) / "value_head.safetensors")
             value["head"] = {"value": {name.removeprefix("value."): jnp.asarray(x) for name, x in head.items()}}
         if "trunk" in value and (folder / "ppo" / "critic" / "model.safetensors").is_file():
-            value["trunk"] = jax.tree.map(jnp.array, weights.load_pretrained(folder / "ppo" / "critic")[1])
-        policy = jax.tree.map(jnp.array, weights.load_pretrained(trained)[1])
+            value["trunk"] = jax.tree.map(jnp.array, weights.load_pretrained(fetched(folder / "ppo" / "critic"))[1])
+        policy = jax.tree.map(jnp.array, weights.load_pretrained(fetched(trained))[1])
         state = state._replace(params={"policy": policy, "value": value})
     return Bench(state, tx, gpt2.GPT2(gpt2_config), tokenizer, scorer, stage)
 

@@ -63,10 +63,10 @@ def draw(
     """Panels in reading order, each drawn by its function -> {theme: PNG}; transparent, for a light and a dark page."""
     pictures = {}
     for theme, (text, line, grid, colours) in THEMES.items():
-        settings = {
+        settings: Any = {
             "text.color": text, "axes.edgecolor": line, "axes.labelcolor": line, "xtick.color": line,
             "ytick.color": line, "grid.color": grid, "axes.facecolor": "none", "axes.titlecolor": text,
-            "axes.prop_cycle": matplotlib.cycler(color=colours), "axes.axisbelow": True, "font.size": 9,
+            "axes.prop_cycle": f"cycler(color={list(colours)})", "axes.axisbelow": True, "font.size": 9,
         }  # fmt: skip
         with matplotlib.rc_context(settings):
             figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="none")

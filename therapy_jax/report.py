@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from therapy_jax import evaluate, grid, plots, run
 from therapy_jax.config import Config
-from therapy_jax.files import write_json, write_text
+from therapy_jax.files import as_path, is_remote, write_json, write_text
 
 CONVERSATIONS = 20
 MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO"}
@@ -47,7 +47,7 @@ def finish(config: Config) -> None:
     """What every script ends with. A report that fails says so, and the run stays what it is."""
     from therapy_jax import processes  # imports jax, which a report on its own need not
 
-    folder = run.as_path(config.run_dir)
+    folder = as_path(config.run_dir)
     if not processes.is_writer():
         return
     try:
@@ -88,7 +88,7 @@ def look(folder: Path, config: Config) -> None:
     path = folder / "loupe.json"
     if not all(model.is_file() for model in models):
         return
-    if path.is_file() and path.stat().st_mtime >= max(model.stat().st_mtime for model in models):
+    if path.is_file() and (is_remote(path) or path.stat().st_mtime >= max(m.stat().st_mtime for m in models)):
         return
     import jax
 

@@ -5,7 +5,8 @@ runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yam
           environment.json   per stage: commit, versions, devices, when and how long
           {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
           samples.jsonl      the same prompts answered again and again while PPO goes on
-          results.json       the evaluation
+          results.json       the evaluation; answers.json: every system's reply to every prompt
+          report.html        all of this to look at, in one file; figures/ = its pictures, loupe.json = a reply token by token
 """
 
 from __future__ import annotations
