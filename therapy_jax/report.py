@@ -120,6 +120,9 @@ def head(folder: Path, config: Config, records: Sequence[Mapping[str, Any]], res
         "commit": ", ".join(dict.fromkeys(str(s.get("commit") or "unknown") for s in noted.values())),
         "hardware": ", ".join(dict.fromkeys(f"{s.get('devices')}, {s.get('cores')} cores" for s in noted.values())),
     }
+    if "cells" in results:
+        facts |= {key: str(results[key] or "unknown") for key in ("commit", "hardware")}
+        facts["time"] = f"{results['hours']:.2f} h in all"
     rows = "".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in facts.items() if v)
     care = "A research demo, not care. Replies are those of a model: they may be wrong, or worse."
     return f"<header><h1>{esc(folder.name)}</h1><p class=quiet>{care}</p><dl class=facts>{rows}</dl></header>"
