@@ -182,6 +182,7 @@ def test_tints_are_the_sign_and_the_size():
     assert report.tint(1.0) == "rgba(0,114,178,0.60)" and report.tint(-0.5) == "rgba(213,94,0,0.30)"
     html = report.strip(["a", "b"], {key: [0.0, 0.0] for key in report.LENSES} | {"ratio": [1.0, 0.5]}, "lens")
     Page(html)
+    assert "value=kl checked" in html, "advantages that are all the same would show nothing"
     assert "--ratio:rgba(0,114,178,0.00)" in html and "--ratio:rgba(213,94,0,0.60)" in html
 
 

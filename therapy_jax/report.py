@@ -336,6 +336,7 @@ def settings(folder: Path) -> str:
 def strip(words: Sequence[str], columns: Mapping[str, Sequence[float]], name: str) -> str:
     """Tokens and the columns of a Loupe -> a coloured strip. The lens in use is a radio button, the numbers of a token are
     its own child that shows on hover and on tap: no script. `name` must be the page's only one."""
+    first = "advantages" if len(set(columns["advantages"])) > 1 else "kl"  # without a critic all have the same
     switch = "".join(
         f"<label><input type=radio name={name} value={key}{' checked' if key == 'advantages' else ''}>{label}</label>"
         for key, (label, _, _) in LENSES.items()
