@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import evaluate, plots, report
+from therapy_jax import evaluate, page, plots, report
 from therapy_jax.config import Config
 from therapy_jax.files import write_json
 
@@ -74,7 +74,7 @@ def ppo_line(step: int, **more) -> dict:
 
 
 def loupe_json(tokens: list[str], **more) -> dict:
-    columns = {key: [0.1 * i - 0.2 for i in range(len(tokens))] for key in report.LENSES}
+    columns = {key: [0.1 * i - 0.2 for i in range(len(tokens))] for key in page.LENSES}
     columns["ratio"] = [1.0 + 0.1 * i for i in range(len(tokens))]
     reply = {"client": EVIL, "therapist": EVIL, "tokens": tokens, "score": 0.7, "terms": {"<u>": 0.5}, **columns}
     return {"stage": "ppo", "estimator": "gae", "kl_coef": 0.05, "clip": 0.2, "learning_rate": 1e-4, "steps": 2, "batch": 4,
@@ -179,8 +179,8 @@ def test_a_report_that_fails_says_so_and_loses_nothing(tmp_path, capsys):
 
 
 def test_tints_are_the_sign_and_the_size():
-    assert report.tint(1.0) == "rgba(0,114,178,0.60)" and report.tint(-0.5) == "rgba(213,94,0,0.30)"
-    html = report.strip(["a", "b"], {key: [0.0, 0.0] for key in report.LENSES} | {"ratio": [1.0, 0.5]}, "lens")
+    assert page.tint(1.0) == "rgba(0,114,178,0.60)" and page.tint(-0.5) == "rgba(213,94,0,0.30)"
+    html = page.strip(["a", "b"], {key: [0.0, 0.0] for key in page.LENSES} | {"ratio": [1.0, 0.5]}, "lens")
     Page(html)
     assert "value=kl checked" in html, "advantages that are all the same would show nothing"
     assert "--ratio:rgba(0,114,178,0.00)" in html and "--ratio:rgba(213,94,0,0.60)" in html
