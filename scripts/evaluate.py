@@ -18,6 +18,7 @@ from therapy_jax import (
     metrics,
     processes,
     prompts,
+    report,
     run,
     sharding,
     stages,
@@ -99,7 +100,12 @@ def main(config: Config) -> None:
         "paper": evaluate.PAPER,
     }
     answers = [
-        {"client": e.client.text, "therapist": e.therapist.text, **{name: s.texts[i] for name, s in samples.items()}}
+        {
+            "context": [{"speaker": turn.speaker, "text": turn.text} for turn in e.context],
+            "client": e.client.text,
+            "therapist": e.therapist.text,
+            **{name: s.texts[i] for name, s in samples.items()},
+        }
         for i, e in enumerate(chosen)
     ]
     if processes.is_writer():
@@ -112,6 +118,7 @@ def main(config: Config) -> None:
         console.print(f"{name}: {shown}")
     console.print(f"signature: {results['signature']}")
     console.print(f"written: {folder / 'results.json'}")
+    report.finish(config)
 
 
 def of_model(

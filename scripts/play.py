@@ -10,9 +10,9 @@ from therapy_jax.config import Config
 
 
 def main(config: Config) -> None:
-    from therapy_jax import page  # here, so that --help need not wait for jax
+    from therapy_jax import browser  # here, so that --help need not wait for jax
 
-    page.serve(config)
+    browser.serve(config)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import train_ppo
 import train_sft
 
 from therapy_jax import config as config_module
-from therapy_jax import files, grid, run, sharding, weights
+from therapy_jax import files, grid, report, run, sharding, weights
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Report, read_dialogues
 from therapy_jax.run import console, escape
@@ -47,6 +47,7 @@ def main(config: Config, seeds: int) -> None:
         console.print("* the 95 % interval of the difference (in table.md) leaves 0 out")
     console.print(grid.screen(grid.main_rows(results)))
     console.print(f"{results['hours']:.2f} h in all; written: {escape(str(folder))}/results.json, table.md, curves.png")
+    report.finish(config)
 
 
 def finish(config: Config, *stages: Callable[[Config], None]) -> None:

@@ -14,7 +14,7 @@ import rich.box
 from etils import epath
 from rich.table import Table
 
-from therapy_jax import classifiers, files, gpt2, processes, run, stages
+from therapy_jax import classifiers, files, gpt2, processes, report, run, stages
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -40,12 +40,13 @@ def main(config: Config) -> None:
     seconds = time.monotonic() - began
     console.print(f"classifiers: trained in {seconds:.0f} s; testing ...")
     tested = compare(found, data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config)
-    report = json.loads((where / "report.json").read_text(encoding="utf-8"))
+    known = json.loads((where / "report.json").read_text(encoding="utf-8"))
     if processes.is_writer():
-        files.write_json(where / "report.json", {**report, "test": tested})
+        files.write_json(where / "report.json", {**known, "test": tested})
     run.note_environment(folder, "classifiers", seconds)
     console.print(table(tested))
     console.print(f"written: {run.escape(str(where))}")
+    report.finish(config)
 
 
 def compare(

@@ -27,6 +27,7 @@ from therapy_jax import (
     ppo,
     processes,
     prompts,
+    report,
     run,
     sharding,
     stages,
@@ -168,6 +169,7 @@ def main(config: Config) -> None:
     manager.close()
     if done < finished:
         run.note_environment(folder, "ppo", time.monotonic() - began)
+    report.finish(config)
 
 
 def prepare(config: Config, data: dict[str, list[Exchange]], scorer: evaluate.Scorer) -> Prepared:

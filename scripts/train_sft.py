@@ -25,6 +25,7 @@ from therapy_jax import (
     packing,
     processes,
     prompts,
+    report,
     run,
     sft,
     sharding,
@@ -79,6 +80,7 @@ def main(config: Config) -> None:
     )
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {folder / 'sft' / 'model'}")
+    report.finish(config)
 
 
 def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int, np.ndarray], Batch], int]:

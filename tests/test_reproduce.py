@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from therapy_jax import config, gpt2, grid, stopping
+from therapy_jax import config, gpt2, grid, plots, stopping
 from therapy_jax.checkpoint import flatten
 from therapy_jax.config import Config, ConfigError, GridConfig, PretrainConfig, PromptConfig
 
@@ -219,7 +219,7 @@ def test_a_curve_goes_as_far_as_every_seed_got():
         [{"step": 0, "x": 1.0}, {"step": 1, "y": 5.0}, {"step": 2, "x": 3.0}, {"step": 4, "x": 7.0}],
         [{"step": 0, "x": 2.0}, {"step": 2, "x": 4.0}],
     ]
-    steps, values = grid.series(logs, "x")
+    steps, values = plots.series(logs, "x")
     assert steps == [0, 2] and values.tolist() == [[1.0, 3.0], [2.0, 4.0]]
 
 

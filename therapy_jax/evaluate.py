@@ -302,28 +302,43 @@ ROWS = {  # results.json -> what the table calls it
 }
 
 
-def table(results: dict[str, Any]) -> Table:
-    """results.json for the screen: a row a metric, a column a system, the paper's figures last."""
+def table_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of the table: a row a metric, a column a system, the paper's figures last."""
     data, systems = results["data"], results["systems"]
-    majority = results["emotion_majority_accuracy"]
-    caption = "no emotion is annotated"
+    paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]} if data["name"] == "mesc" else {}
+    rows = [["", *systems, "paper"]]
+    for key, label in ROWS.items():
+        if any(key in values for values in systems.values()):
+            digits = 1 if key in ("perplexity", "reply_perplexity", "reply_words") else 4
+            cells = [values.get(key) for values in (*systems.values(), paper)]
+            rows.append([label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells)])
+    return rows
+
+
+def table_caption(results: dict[str, Any]) -> tuple[str, str]:
+    """What stands above and below the table."""
+    data, majority = results["data"], results["emotion_majority_accuracy"]
+    below = "no emotion is annotated"
     if majority is not None:
-        caption = f"emotion accuracy of always answering the majority: {majority:.4f}; stated emotions only"
+        below = f"emotion accuracy of always answering the majority: {majority:.4f}; stated emotions only"
+    return f"{data['name']}, {data['split']} split, {data['n']} exchanges", below
+
+
+def table(results: dict[str, Any]) -> Table:
+    """results.json for the screen."""
+    above, below = table_caption(results)
     out = Table(
-        title=f"{data['name']}, {data['split']} split, {data['n']} exchanges",
-        caption=caption,
+        title=above,
+        caption=below,
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    out.add_column("", no_wrap=True)
-    for name in (*systems, "paper"):
+    head, *rows = table_rows(results)
+    out.add_column(head[0], no_wrap=True)
+    for name in head[1:]:
         out.add_column(name, justify="right", no_wrap=True)
-    paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]} if data["name"] == "mesc" else {}
-    for key, label in ROWS.items():
-        if any(key in values for values in systems.values()):
-            digits = 1 if key in ("perplexity", "reply_perplexity", "reply_words") else 4
-            cells = [values.get(key) for values in (*systems.values(), paper)]
-            out.add_row(label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells))
+    for row in rows:
+        out.add_row(*row)
     return out

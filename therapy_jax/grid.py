@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.box
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from therapy_jax import config as config_module
-from therapy_jax import metrics
+from therapy_jax import metrics, plots, run
 from therapy_jax.config import Config, ConfigError, GridConfig
 from therapy_jax.evaluate import PAPER
 from therapy_jax.files import flatten
@@ -63,8 +62,6 @@ PANELS = {  # metrics.jsonl -> title of a panel of curves.png
     "validation/distinct2": "Distinct-2",
     "validation/reply_words": "words a reply",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class Cell(NamedTuple):
@@ -363,28 +360,14 @@ def curves(cells: Sequence[Cell], path: Path) -> None:
     for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
         key = key.replace("meteor", metrics.meteor_name())
         for i, name in enumerate(names):
-            steps, values = series([_ppo_lines(c.folder) for c in cells if c.name == name], key)
-            colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
+            logs = [run.read_log(c.folder / "metrics.jsonl") for c in cells if c.name == name]
+            steps, values = plots.series([[line for line in log if line["stage"] == "ppo"] for log in logs], key)
+            colour, style = plots.COLOURS[i % len(plots.COLOURS)], ("-", "--", ":")[i // len(plots.COLOURS) % 3]
             axes.plot(steps, values.mean(0), style, color=colour, linewidth=1.6, label=name)
             axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.92")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plots.tidy(axes, title)
     for axes in figure.axes[3:]:
         axes.set_xlabel("PPO iteration")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(names), 7), frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def series(logs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[list[int], np.ndarray]:
-    """Log lines of each seed -> the steps at which all of them have `key`, and its values [seeds, steps]."""
-    by_seed = [{line["step"]: line[key] for line in lines if key in line} for lines in logs]
-    steps = sorted(set.intersection(*(set(seed) for seed in by_seed)))
-    return steps, np.array([[seed[step] for step in steps] for seed in by_seed])
-
-
-def _ppo_lines(folder: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line["stage"] == "ppo"]

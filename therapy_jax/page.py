@@ -1,292 +1,182 @@
-"""A conversation in the browser: every model of a run answers side by side (scripts/play.py).
+"""The parts of a page that needs no network and no script: tables, pictures, the strip of the loupe, one style sheet.
 
-The page is ours, as HTML made here from escaped text; gradio (extra `ui`) carries it, on 127.0.0.1 alone. Nothing is asked
-of any other machine: no fonts, no analytics, no share link.
+Whoever puts text from data or a model into a page passes it through one of these, or through `esc`.
 """
 
 from __future__ import annotations
 
-import html
-import importlib
-import os
-import signal
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import base64
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape as esc
+from pathlib import Path
 
-from therapy_jax import conversation, gpt2, readout, run, safety, stages
-from therapy_jax.config import Config, ConfigError
-from therapy_jax.conversation import Answer, Conversation, Message, MessageError, Reader, Speaker
-from therapy_jax.dialogue import EMOTIONS
-from therapy_jax.evaluate import Scorer
-from therapy_jax.run import console
+LENSES = {  # Loupe -> (label, digits, what it is)
+    "logprobs": ("log-prob", 2, "nats, of the policy that wrote the reply"),
+    "ref_logprobs": ("reference", 2, "nats, of the frozen SFT policy"),
+    "kl": ("KL", 3, "nats: log-prob less reference"),
+    "rewards": ("reward", 3, "less beta times KL, and on the last token the score"),
+    "values": ("value", 3, "the critic's guess before the token"),
+    "advantages": ("advantage", 2, "what the update asks for: more of it, or less"),
+    "ratio": ("ratio", 3, "new probability / old, after the update"),
+}
 
-CSS = """
-.tj { font-size: 1rem; line-height: 1.5; color: var(--body-text-color); }
-.tj-care { border: 1px solid #b45309; border-left-width: 6px; border-radius: 8px; padding: .6rem 1rem;
-  background: color-mix(in srgb, #f59e0b 12%, transparent); white-space: pre-wrap; }
-.tj-you { margin: 1.4rem 0 .5rem; padding: .5rem .9rem; border-radius: 12px; width: fit-content; max-width: 100%;
-  margin-left: auto; background: color-mix(in srgb, #3b82f6 16%, transparent); white-space: pre-wrap; overflow-wrap: anywhere; }
-.tj-quiet { color: color-mix(in srgb, var(--body-text-color) 68%, transparent); font-size: .85rem; }
-.tj-cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
-.tj-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .9rem; min-width: 0;
-  background: var(--block-background-fill); }
-.tj-card h3 { margin: 0; font-size: .85rem; letter-spacing: .04em; color: inherit; }
-.tj-card h3 span { font-weight: normal; }
-.tj-card p { margin: .3rem 0 .6rem; min-height: 1.5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.tj-bar { display: grid; grid-template-columns: 6.2rem 1fr 5.6rem; gap: .5rem; align-items: center; font-size: .8rem; }
-.tj-bar > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
-.tj-track { position: relative; height: .6rem; border-radius: 3px; background: color-mix(in srgb, currentColor 10%, transparent); }
-.tj-track i { position: absolute; top: 0; bottom: 0; border-radius: 3px; }
-.tj-track b { position: absolute; left: 50%; top: -2px; bottom: -2px; width: 1px; background: currentColor; opacity: .5; }
-.tj details { margin-top: .6rem; font-size: .8rem; }
-.tj summary { cursor: pointer; color: var(--link-text-color, #2563eb); }
-.tj-strip { display: flex; flex-wrap: wrap; gap: 2px; margin-top: .4rem; }
-.tj-strip span { display: flex; flex-direction: column; align-items: center; padding: 1px 4px; border-radius: 4px;
-  font-family: ui-monospace, monospace; white-space: pre; }
-.tj-strip small { font-size: .68rem; opacity: .75; font-variant-numeric: tabular-nums; }
-footer { display: none !important; }
-.tj-block, .tj-block > div, .tj-block .html-container { padding: 0 !important; }
+
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{esc(title)}</h2>{body}</section>"
+
+
+def table(rows: Sequence[Sequence[str]], text: bool = False) -> str:
+    """Head and rows of plain text -> a table in a scroll box of its own; numbers to the right, `text` to the left."""
+
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{esc(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows[1:])
+    kind = " class=text" if text else ""
+    return f"<div class=scroll tabindex=0><table{kind}><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table></div>"
+
+
+def figure(
+    name: str,
+    pictures: Mapping[str, bytes],
+    caption: str,
+    folder: Path | None = None,
+    columns: int = 3,
+    wide: bool = False,
+) -> str:
+    """{theme: PNG} -> the picture of the reader's theme; with a folder, the light one also as figures/NAME.png."""
+    if folder is not None:
+        (folder / "figures").mkdir(exist_ok=True)
+        (folder / "figures" / f"{name}.png").write_bytes(pictures["light"])
+    uri = {theme: "data:image/png;base64," + base64.b64encode(png).decode() for theme, png in pictures.items()}
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{uri["dark"]}">' if "dark" in uri else ""
+    style = f"--columns:{columns * (1.5 if wide else 1)}"
+    image = f'<picture>{dark}<img src="{uri["light"]}" alt="{esc(caption)}" style="{style}"></picture>'
+    box = f"<div class=scroll tabindex=0>{image}</div>"
+    return f"<figure{'' if dark else ' class=paper'}>{box}<figcaption>{esc(caption)}</figcaption></figure>"
+
+
+def decimals(x: float, digits: int) -> str:
+    return f"{round(x, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before nothing
+
+
+# ----------------------------------------------------------------------------------------------------------- the loupe
+
+
+def strip(words: Sequence[str], columns: Mapping[str, Sequence[float]], name: str) -> str:
+    """Tokens and the columns of a Loupe -> a coloured strip. The lens in use is a radio button, the numbers of a token are
+    its own child that shows on hover and on tap: no script. `name` must be the page's only one."""
+    first = "advantages" if len(set(columns["advantages"])) > 1 else "kl"  # without a critic all have the same
+    switch = "".join(
+        f"<label><input type=radio name={name} value={key}{' checked' if key == first else ''}>{label}</label>"
+        for key, (label, _, _) in LENSES.items()
+    )
+    ends = {key: max((abs(_signed(key, x)) for x in columns[key]), default=0.0) or 1.0 for key in LENSES}
+    tokens = []
+    for i, word in enumerate(words):
+        tints = ";".join(f"--{key}:{tint(_signed(key, columns[key][i]) / ends[key])}" for key in LENSES)
+        numbers = "".join(
+            f"<span>{label} <b>{decimals(columns[key][i], n)}</b></span>" for key, (label, n, _) in LENSES.items()
+        )
+        tokens.append(f'<span class=t tabindex=0 style="{tints}">{visible(word)}<span class=n>{numbers}</span></span>')
+    return (
+        f"<div class=loupe><div class=lenses>{switch}</div><div class=strip>{''.join(tokens)}"
+        "<div class=hint>Blue: above 0 (ratio: above 1). Orange: below. Hover over a token, or tap it.</div></div></div>"
+    )
+
+
+def loupe_table(words: Sequence[str], columns: Mapping[str, Sequence[float]]) -> str:
+    """The same as rows, and the sums of what adds up."""
+    rows = [["token", *(label for label, _, _ in LENSES.values())]]
+    for i, word in enumerate(words):
+        rows.append([word, *(decimals(columns[key][i], n) for key, (_, n, _) in LENSES.items())])
+    sums = {key: sum(columns[key]) for key in ("logprobs", "ref_logprobs", "kl", "rewards")}
+    rows.append(["sum", *(decimals(sums[key], n) if key in sums else "" for key, (_, n, _) in LENSES.items())])
+    return table(rows)
+
+
+def tint(x: float) -> str:
+    """x in [-1, 1] -> a translucent colour, which works on a light and on a dark page."""
+    colour = "0,114,178" if x >= 0 else "213,94,0"
+    return f"rgba({colour},{min(abs(x), 1.0) * 0.6:.2f})"
+
+
+def visible(word: str) -> str:
+    return esc(word).replace("\n", "⏎") or "∅"
+
+
+def _signed(key: str, x: float) -> float:
+    return math.log(max(x, 1e-6)) if key == "ratio" else x
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
 """
-
-
-class Details(NamedTuple):
-    """What is known of an answer that is complete."""
-
-    measures: readout.Measures
-    loupe: list[tuple[str, float, float]]
-
-
-Shown = tuple[tuple[Details | None, ...], ...]  # of each message, of each answer
-
-
-# ------------------------------------------------------------------------------------------------ a conversation as HTML
-
-
-def as_html(said: Conversation, known: Shown, weights: dict[str, float], problem: str = "") -> str:
-    """The whole conversation. Nothing that a person or a model wrote reaches the page unescaped."""
-    parts = [message_html(m, known[i] if i < len(known) else (), weights) for i, m in enumerate(said)]
-    if problem:
-        parts.append(f'<p class="tj-care" role="alert">{html.escape(problem)}</p>')
-    return f'<div class="tj" aria-live="polite">{"".join(parts)}</div>'
-
-
-def message_html(message: Message, known: Sequence[Details | None], weights: dict[str, float]) -> str:
-    you = f'<div class="tj-you">{html.escape(message.client.text)}</div>'
-    if message.fixed is not None:
-        return f'{you}<div class="tj-care" data-crisis><b>No model was asked.</b>\n{html.escape(message.fixed)}</div>'
-    cards = [
-        card_html(answer, known[i] if i < len(known) else None, weights) for i, answer in enumerate(message.answers)
-    ]
-    return f'{you}<div class="tj-cards">{"".join(cards)}</div>'
-
-
-def card_html(answer: Answer, known: Details | None, weights: dict[str, float]) -> str:
-    stated = f" states {html.escape(answer.emotion)}" if answer.emotion else ""
-    text = html.escape(answer.text) + ("" if answer.ended else " …") or '<span class="tj-quiet">(nothing)</span>'
-    why = f'<div class="tj-quiet">withheld: {html.escape(answer.withheld)}</div>' if answer.withheld else ""
-    more = details_html(known, weights) if known else ""
-    return (
-        f'<section class="tj-card" data-model="{html.escape(answer.speaker)}"{" data-done" if known or why else ""}>'
-        f'<h3><b>{html.escape(answer.speaker)}</b><span class="tj-quiet">{stated}</span></h3><p>{text}</p>{why}{more}</section>'
-    )
-
-
-def details_html(known: Details, weights: dict[str, float]) -> str:
-    terms, expressed, words = known.measures
-    rows = [signed_bar(name, value, weights.get(name, 0.0)) for name, value in terms.items()]
-    read = [share_bar(name, share) for name, share in expressed.items() if share >= 0.05][:3]
-    return (
-        f'{"".join(rows)}<div class="tj-quiet">{words} words, which read as</div>{"".join(read)}'
-        f"<details><summary>Loupe</summary>{loupe_html(known.loupe)}</details>"
-    )
-
-
-def signed_bar(name: str, value: float, weight: float) -> str:
-    """A reward term in [-1, 1], and its weight in the run's reward."""
-    width, left = abs(value) * 50, 50 - max(-value, 0) * 50
-    colour = "#15803d" if value >= 0 else "#b91c1c"
-    return (
-        f'<div class="tj-bar"><span>{name}</span><span class="tj-track"><b></b>'
-        f'<i style="left:{left:.1f}%;width:{width:.1f}%;background:{colour}"></i></span><span>{value:+.2f} × {weight:g}</span></div>'
-    )
-
-
-def share_bar(name: str, share: float) -> str:
-    return (
-        f'<div class="tj-bar"><span>{name}</span><span class="tj-track">'
-        f'<i style="left:0;width:{share * 100:.1f}%;background:#6366f1"></i></span><span>{share:.0%}</span></div>'
-    )
-
-
-def loupe_html(tokens: Sequence[tuple[str, float, float]]) -> str:
-    """Each token over its log-prob under this model and under the SFT model; green where this one finds it likelier."""
-    spans = []
-    for text, ours, theirs in tokens:
-        gap = ours - theirs
-        strength = min(abs(gap) / 3, 1) * 45  # three nats: twenty times as likely
-        colour = f"color-mix(in srgb, {'#16a34a' if gap > 0 else '#dc2626'} {strength:.0f}%, transparent)"
-        visible = html.escape(text.replace(" ", "·").replace("\n", "⏎") or "∅")
-        spans.append(
-            f'<span style="background:{colour}">{visible}<small>{ours:.2f}</small><small>{theirs:.2f}</small></span>'
-        )
-    legend = "each token, its log-prob (nats) under this model, and under SFT; green: likelier here, red: less likely"
-    return f'<div class="tj-quiet">{legend}</div><div class="tj-strip">{"".join(spans)}</div>'
-
-
-# ---------------------------------------------------------------------------------------------------------------- the app
-
-
-class Play(NamedTuple):
-    """What stays the same while people talk."""
-
-    config: Config
-    speakers: list[Speaker]
-    reader: Reader | None
-    scorer: Scorer | None  # None where there is no SFT model
-    weights: dict[str, float]
-
-
-def prepare(config: Config) -> Play:
-    """Every model of the run folder, ready to answer."""
-    folder, config, names = conversation.open_run(config)
-    run.cache_programs(config)
-    speakers = [conversation.load_speaker(folder, name, config) for name in names]
-    reader = scorer = None
-    if "sft" in names:
-        console.print("reading the data and the classifiers of the run (trained now where there are none)")
-        data, sft = conversation.load_data(config), speakers[names.index("sft")]
-        if "emotion" in config.prompt.format and config.prompt.emotion == "given":
-            reader = conversation.load_reader(folder, sft, config, data)
-        scorer = stages.make_scorer(folder, config, data, sft.model.config, sft.params, sft.tokenizer)
-    console.print("compiling the programs: up to a minute, kept on disk afterwards")
-    play = Play(config, speakers, reader, scorer, scorer.weights if scorer else {})
-    for speaker in speakers:
-        conversation.warm_up(speaker, reader, config)
-    *_, said = conversation.say((), "Hello.", speakers, reader, config)
-    details(play, said)
-    return play
-
-
-def details(play: Play, said: Conversation) -> tuple[Details | None, ...]:
-    """Of the answers to the last message. A withheld one has none: its tokens are not shown."""
-    message, scorer = said[-1], play.scorer
-    if scorer is None or not message.answers:
-        return ()
-    sft = next(speaker for speaker in play.speakers if speaker.name == "sft")
-    measured = readout.measure(scorer, conversation.context(said[:-1]), message.client, message.answers)
-    return tuple(
-        None if answer.withheld else Details(measures, readout.loupe(speaker, sft, answer))
-        for answer, measures, speaker in zip(message.answers, measured, play.speakers, strict=True)
-    )
-
-
-State = tuple[Conversation, Shown]
-
-
-Step = tuple[State, str, str | None]  # the state, the page, the client's emotion
-
-
-def talk(play: Play, state: State, text: str, emotion: str | None = None, again: bool = False) -> Iterator[Step]:
-    """One message, or the last one `again`, each time that an answer has grown. Where it cannot be answered all stays."""
-    said, known = state
-    before = (said[:-1], known[:-1]) if again else state
-    now = said
-    try:
-        for now in conversation.say(before[0], text, play.speakers, play.reader, play.config, emotion):
-            yield step(play, (now, before[1]))
-    except MessageError as error:
-        yield step(play, state, str(error))
-        return
-    yield step(play, (now, (*before[1], details(play, now))))
-
-
-def step(play: Play, state: State, problem: str = "") -> Step:
-    said, known = state
-    return state, as_html(said, known, play.weights, problem), said[-1].emotion if said else None
-
-
-def send(play: Play, state: State, text: str) -> Iterator[Step]:
-    """What a person typed."""
-    yield from talk(play, state, text) if text.strip() else [step(play, state)]
-
-
-def correct(play: Play, state: State, emotion: str) -> Iterator[Step]:
-    """The last message again, with the emotion that the person says it had; not where the gate has answered it."""
-    said, _ = state
-    if said and said[-1].crisis is None:
-        yield from talk(play, state, said[-1].client.text, emotion, again=True)
-    else:
-        yield step(play, state)
-
-
-def serve(config: Config) -> None:
-    """Until Ctrl-C, on 127.0.0.1: the first free port from 7860, or $GRADIO_SERVER_PORT."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which may ask for a newer version
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        gradio: Any = importlib.import_module("gradio")
-    except ImportError as error:
-        raise ConfigError(f"the page needs gradio ({error}); install the extra: pip install -e '.[ui]'") from error
-    play = prepare(config)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C leaves; there is nothing to finish
-    app = build(gradio, play)
-    readable: dict[str, Any] = {"block_info_text_color": "#52525b", "block_info_text_color_dark": "#d4d4d8"}
-    readable |= {"input_placeholder_color": "#71717a", "input_placeholder_color_dark": "#a1a1aa"}
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    app.queue(default_concurrency_limit=1)  # one at a time: the models share the processor
-    _, url, _ = app.launch(
-        server_name="127.0.0.1", share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
-        run_history=False, footer_links=[], css=CSS, quiet=True, prevent_thread_lock=True,
-        theme=theme.set(**readable),
-    )  # fmt: skip
-    console.print(f"open {url} in a browser on this machine; Ctrl-C ends it")
-    app.block_thread()
-
-
-def build(gradio: Any, play: Play) -> Any:
-    """The page: disclosure, conversation, message, emotion."""
-    told = "emotion" in play.config.prompt.format
-    how = "written by the model" if play.config.prompt.emotion == "inferred" else "read by the run's classifier"
-    lead, names = play.speakers[-1].name, ", ".join(s.name for s in play.speakers)
-    about = (
-        f"<div class='tj tj-quiet'>{names} of {html.escape(play.config.run_dir)} "
-        f"({gpt2.count(play.speakers[-1].params) / 1e6:.1f} M parameters) read the same turns; the conversation goes on with "
-        f"{lead}'s reply. Bars: value × its weight in the run's reward, only of the terms that need no therapist's reply to "
-        f"compare with (ROUGE, BLEU, meaning, length, strategy and the emotion terms do, and here there is none).</div>"
-    )
-    with gradio.Blocks(title="therapy_jax: a research demo, not care", analytics_enabled=False) as app:
-        state = gradio.State(((), ()))
-        gradio.HTML(
-            f"<div class='tj'><div class='tj-care' role='note' id='disclosure'>{html.escape(safety.DISCLOSURE)}</div></div>",
-            elem_classes="tj-block",
-        )
-        page = gradio.HTML(as_html((), (), {}), elem_id="conversation", elem_classes="tj-block")
-        with gradio.Row(equal_height=True):
-            box = gradio.Textbox(
-                label="What you say", placeholder="Enter sends", lines=1, max_lines=6, scale=6, autofocus=True,
-                elem_id="message",
-            )  # fmt: skip
-            emotion = gradio.Dropdown(
-                list(EMOTIONS), value=None, label="Your emotion", info=f"{how}; change it, and you are answered again",
-                visible=told, scale=2, min_width=220, elem_id="emotion",
-            )  # fmt: skip
-        with gradio.Row():
-            go = gradio.Button("Send", variant="primary", scale=0, min_width=140, elem_id="send")
-            anew = gradio.Button("Start anew", scale=0, min_width=140, elem_id="anew")
-        gradio.HTML(about, elem_classes="tj-block")
-
-        def on_send(state, text):
-            for new in send(play, state, text):
-                yield *new, ""
-
-        def on_emotion(state, felt):
-            yield from correct(play, state, felt)
-
-        outputs = [state, page, emotion]
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        down = "() => window.scrollTo({top: document.body.scrollHeight, behavior: 'smooth'})"
-        for event in (go.click, box.submit):
-            event(on_send, [state, box], [*outputs, box], **private).then(None, js=down)
-        emotion.input(on_emotion, [state, emotion], outputs, **private).then(None, js=down)
-        anew.click(lambda: (((), ()), as_html((), (), {}), None), None, outputs, **private)
-    return app
+CSS = """
+:root { --page: #fff; --text: #1c1c1c; --quiet: #666; --line: #e2e2e2; --card: #f7f7f6; --alarm: #fdf3e7; --mark: #b25400; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #161616; --text: #e6e6e6; --quiet: #9a9a9a; --line: #333; --card: #1f1f1f; --alarm: #2b2115; --mark: #e8a25c; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 0 0 .75rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+h4 { font-size: .75rem; font-weight: 600; margin: 0 0 .2rem; color: var(--quiet); }
+p { margin: 0 0 .75rem; max-width: 46rem; overflow-wrap: anywhere; }
+ul { margin: 0; padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
+a { color: inherit; }
+section { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
+.quiet, figcaption, .hint { color: var(--quiet); font-size: .875rem; }
+.alarm { border: 0; border-left: 4px solid var(--mark); background: var(--alarm); padding: 1rem 1.25rem; border-radius: 4px; }
+.alarm h2 { color: var(--mark); }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 1rem 0 0; font-size: .9rem; }
+.facts dt { color: var(--quiet); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; max-width: 100%; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .25rem 0 .75rem; }
+th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--quiet); vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: pre; }
+table.text td, table.text th { text-align: left; white-space: normal; } table.text td:last-child { min-width: 16rem; }
+figure { margin: 0 0 1.5rem; } figure img { display: block; width: calc(var(--columns) * 21.8rem); max-width: 100%; height: auto; }
+@media (max-width: 44rem) {
+  main { padding: 1.25rem 1rem 3rem; }
+  figure img { width: calc(var(--columns) * 16rem); max-width: none; }
+}
+figure.paper img { background: #fff; border-radius: 4px; }
+details { margin: .5rem 0; } summary { cursor: pointer; color: var(--quiet); font-size: .875rem; }
+pre { font-size: .8rem; line-height: 1.45; overflow-x: auto; background: var(--card); padding: 1rem; border-radius: 6px; }
+article { background: var(--card); border-radius: 8px; padding: 1rem 1.25rem; margin: 0 0 1rem; }
+article > :last-child { margin-bottom: 0; }
+.client { border-left: 3px solid var(--line); padding-left: .75rem; font-size: 1rem; font-weight: 500; }
+.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem 1.5rem; }
+.replies p { margin: 0; font-size: .93rem; white-space: pre-line; }
+.lenses { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .5rem 0; font-size: .85rem; }
+.lenses label { display: inline-flex; align-items: center; gap: .3rem; white-space: nowrap; }
+.lenses input { margin: 0; accent-color: #0072b2; }
+.strip { position: relative; padding-bottom: 2.2rem; line-height: 2; overflow-wrap: anywhere; }
+.t { white-space: pre-wrap; padding: .15rem .1rem; border-radius: 3px; cursor: default; background: var(--advantages); margin-right: 1px; }
+.t:hover, .t:focus { outline: 2px solid var(--quiet); }
+.n, .hint { position: absolute; left: 0; right: 0; bottom: 0; min-height: 1.9rem; line-height: 1.5; }
+.n { display: none; flex-wrap: wrap; align-content: flex-start; gap: 0 1rem; background: var(--card); font-size: .85rem;
+  font-variant-numeric: tabular-nums; z-index: 1; }
+@media (max-width: 44rem) { .strip { padding-bottom: 5.2rem; } .n, .hint { min-height: 4.9rem; } }
+.n b { font-weight: 600; }
+.t:focus .n { display: flex; } .t:hover .n { display: flex; z-index: 2; }
+""" + "\n".join(f".loupe:has(input[value={key}]:checked) .t {{ background: var(--{key}); }}" for key in LENSES)

@@ -39,6 +39,8 @@ ScoreFn = Callable[
 ]  # the reference policy is the trunk that reads
 CombineFn = Callable[[Raw, RunningStats], tuple[Array, RunningStats, Metrics]]
 
+FINAL_RATE = 0.1  # of the peak, where the learning rate ends
+
 
 class PPOState(NamedTuple):
     """All that an iteration changes, and the frozen policy that it stays near."""
@@ -60,10 +62,10 @@ class Rollout(NamedTuple):
     prompt: Prompt  # N of them; their B / N replies each stand side by side
     tokens: Array  # i32[B,R]
     mask: Array  # bool[B,R]
-    old_logprobs: Array
-    old_values: Array
-    advantages: Array
-    returns: Array
+    old_logprobs: Array  # nats, of the policy before the update
+    old_values: Array  # of the critic before the update
+    advantages: Array  # whitened where cfg.whiten says so
+    returns: Array  # what the critic learns
 
 
 def optimizer(cfg: PPOConfig) -> optax.GradientTransformation:
@@ -71,7 +73,7 @@ def optimizer(cfg: PPOConfig) -> optax.GradientTransformation:
     steps = cfg.iterations * cfg.epochs * cfg.minibatches
 
     def adamw(peak: float) -> optax.GradientTransformation:
-        rate = sft.schedule(peak, cfg.warmup_steps, steps, final=0.1)
+        rate = sft.schedule(peak, cfg.warmup_steps, steps, final=FINAL_RATE)
         return optax.adamw(rate, weight_decay=cfg.weight_decay, mask=sft.decayed)
 
     critic = cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate  # 0 is a rate, too
@@ -140,6 +142,27 @@ def rollout(
     return reply, *score_fn(state.ref_params, reply, references, fixed)
 
 
+def read_both(
+    state: PPOState,
+    prompt: Prompt,
+    tokens: Array,
+    mask: Array,
+    *,
+    model: gpt2.GPT2,
+    cfg: PPOConfig,
+    temperature: float,
+) -> tuple[Array, Array, Array, Array]:
+    """What policy, reference and critic say of each reply token -> (logprobs, entropy, ref_logprobs, values), f32[B,R] each,
+    0 outside the mask."""
+    hidden, values = read(state.params, prompt, tokens, mask, model=model, cfg=cfg)
+    logprobs, entropy = reply_logprobs(
+        state.params["policy"], hidden, tokens, mask, model=model, temperature=temperature
+    )
+    ref_hidden = reply_hidden(state.ref_params, prompt, tokens, mask, model=model)
+    ref_logprobs, _ = reply_logprobs(state.ref_params, ref_hidden, tokens, mask, model=model, temperature=temperature)
+    return logprobs, entropy, ref_logprobs, values
+
+
 def judge(
     state: PPOState,
     prompt: Prompt,
@@ -157,15 +180,9 @@ def judge(
     Divergence") is logged beside it. Equal weights give exactly 0 in both.
     """
     mask = reply.mask
-    hidden, values = read(state.params, prompt, reply.tokens, mask, model=model, cfg=cfg)
-    logprobs, entropy = reply_logprobs(
-        state.params["policy"], hidden, reply.tokens, mask, model=model, temperature=temperature
+    logprobs, entropy, ref_logprobs, values = read_both(
+        state, prompt, reply.tokens, mask, model=model, cfg=cfg, temperature=temperature
     )
-    ref_hidden = reply_hidden(state.ref_params, prompt, reply.tokens, mask, model=model)
-    ref_logprobs, _ = reply_logprobs(
-        state.ref_params, ref_hidden, reply.tokens, mask, model=model, temperature=temperature
-    )
-
     kl = jnp.where(mask, logprobs - ref_logprobs, 0.0)
     rewards = shape_rewards(scores, kl, mask, kl_coef=state.kl_coef)
     metrics = {

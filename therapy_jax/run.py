@@ -5,7 +5,8 @@ runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yam
           environment.json   per stage: commit, versions, devices, when and how long
           {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
           samples.jsonl      the same prompts answered again and again while PPO goes on
-          results.json       the evaluation
+          results.json       the evaluation; answers.json: every system's reply to every prompt
+          report.html        all of this to look at, in one file; figures/ = its pictures, loupe.json = a reply token by token
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def start(config: Config, stage: str) -> Path:
                 f"run_dir {folder} cannot be written ({error.strerror or error}); choose another with --run_dir"
             ) from error
     processes.wait_for_all("run folder")
-    cache_programs(config)
+    use_cache(config)
     commit()
     devices = jax.devices()
     if devices[0].platform == "cpu":
@@ -146,6 +147,15 @@ def start(config: Config, stage: str) -> Path:
         f"[bold]{stage}[/]: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), run folder {escape(str(folder))}"
     )
     return folder
+
+
+def use_cache(config: Config) -> None:
+    """Keep compiled programs in the folder that the config names, so that a second start need not compile."""
+    import jax
+
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 _locks: dict[str, int] = {}  # run folders that this process holds -> file descriptors, until it ends
@@ -191,15 +201,6 @@ def check_platform(wanted: str | None) -> None:
         raise ConfigError(
             f"--require {wanted}, but JAX runs on {device.platform} here ({jax.device_count()} x {device.device_kind}); {DOCTOR}"
         )
-
-
-def cache_programs(config: Config) -> None:
-    """Keep compiled programs on disk, in config.compilation_cache."""
-    import jax
-
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def keep_freed_memory() -> None:

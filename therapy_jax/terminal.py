@@ -74,7 +74,7 @@ def chat(config: Config) -> None:
 def start(config: Config) -> Chat:
     """The last model of the run folder, ready to answer."""
     folder, config, names = conversation.open_run(config)
-    run.cache_programs(config)
+    run.use_cache(config)
     speaker = conversation.load_speaker(folder, names[-1], config)
     reader = None
     if "emotion" in config.prompt.format and config.prompt.emotion == "given" and "sft" in names:
