@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from therapy_jax import classifiers, conversation, dialogue, evaluate, gpt2, page, prompts, readout, safety, sampling
+from therapy_jax import browser, classifiers, conversation, dialogue, evaluate, gpt2, prompts, readout, safety, sampling
 from therapy_jax.config import Config, PromptConfig, SamplingConfig
 from therapy_jax.conversation import Answer, Message, Speaker, say
 from therapy_jax.dialogue import EMOTIONS, Exchange, Turn
@@ -220,13 +220,13 @@ class Text(HTMLParser):
 
 def test_markup_in_a_dialogue_stays_text_on_the_page():
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)> \"'&amp;"
-    known = page.Details(readout.Measures({"context": 0.5}, {"joy": 1.0}, 3), [(evil, -1.0, -2.0)])
+    known = browser.Details(readout.Measures({"context": 0.5}, {"joy": 1.0}, 3), [(evil, -1.0, -2.0)])
     said = (
         Message(Turn("client", evil), answers=(Answer(evil, evil, evil, ids=(1,)), Answer("a", evil, withheld=evil))),
         Message(Turn("client", evil), None, "suicide", evil),
     )
     seen = Text()
-    seen.feed(page.as_html(said, ((known, None), ()), {}, evil))
+    seen.feed(browser.as_html(said, ((known, None), ()), {}, evil))
     assert not seen.tags & {"script", "img"} and not any(name.startswith("on") for name in seen.attributes)
     assert (
         seen.text.count(evil) == 9
@@ -243,7 +243,7 @@ def bars(value):
             if tag == "i":
                 seen.append(dict(part.split(":") for part in dict(attrs)["style"].split(";")))
 
-    Bars().feed(page.signed_bar("context", value, 0.5))
+    Bars().feed(browser.signed_bar("context", value, 0.5))
     return seen[0]
 
 
