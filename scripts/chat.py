@@ -18,4 +18,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "")
+    run.main(main, __doc__)

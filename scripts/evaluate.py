@@ -1,5 +1,10 @@
 """Evaluation: base, sft, ppo and the trivial systems on held-out exchanges -> results.json and a table."""
 
+from therapy_jax import run
+
+if __name__ == "__main__":
+    run.parse(__doc__)  # before jax is imported: --help and a misspelt key are answered at once
+
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +24,6 @@ from therapy_jax import (
     processes,
     prompts,
     report,
-    run,
     sharding,
     stages,
 )
@@ -182,4 +186,4 @@ def fingerprint(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "")
+    run.main(main, __doc__)

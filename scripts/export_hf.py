@@ -51,4 +51,4 @@ def main(config: Config, options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "", Options)
+    run.main(main, __doc__, Options)

@@ -99,4 +99,4 @@ def replies_of(
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "")
+    run.main(main, __doc__)

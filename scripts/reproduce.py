@@ -5,10 +5,25 @@ what is finished and goes on with the rest; more seeds may be asked for later. r
 run_dir hold what came out.
 """
 
-import argparse
-import functools
+from dataclasses import dataclass
+
+from therapy_jax import run
+from therapy_jax.config import require
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: int = 1
+    """Runs of every cell, from the config's seed on."""
+
+    def __post_init__(self):
+        require(self.seeds >= 1, f"--seeds must be at least 1, not {self.seeds}")
+
+
+if __name__ == "__main__":
+    run.parse(__doc__, Options)  # before jax is imported: --help and a misspelt key are answered at once
+
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +32,14 @@ import train_ppo
 import train_sft
 
 from therapy_jax import config as config_module
-from therapy_jax import files, grid, report, run, sharding, weights
+from therapy_jax import files, grid, report, sharding, weights
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Report, read_dialogues
 from therapy_jax.run import console, escape
 
 
-def main(config: Config, seeds: int) -> None:
-    cells = grid.expand(config, seeds)
+def main(config: Config, options: Options) -> None:
+    cells = grid.expand(config, options.seeds)
     judge = grid.language_model(config)
     check_split(config, {c.config.seed for c in cells} | ({judge.seed} if judge else set()))
     folder = run.start(config, "reproduce")
@@ -96,22 +111,5 @@ def check_split(config: Config, seeds: set[int]) -> None:
         raise ConfigError("data.splits: each seed would split these conversations anew; name a file of fixed splits")
 
 
-def take_seeds(argv: list[str]) -> tuple[int, list[str]]:
-    """--seeds N is this script's alone: -> (N, what is left for the parser of the config)."""
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
-        return int(text)
-
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--config FILE.yaml] [--seeds N] [--section.name VALUE ...]", add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--seeds", type=positive, default=1)
-    known, rest = parser.parse_known_args(argv)
-    return known.seeds, rest
-
-
 if __name__ == "__main__":
-    asked, sys.argv[1:] = take_seeds(sys.argv[1:])
-    run.main(functools.partial(main, seeds=asked), __doc__ or "")
+    run.main(main, __doc__, Options)

@@ -4,6 +4,11 @@ train_ppo.py and evaluate.py train them too where they are missing; only this sc
 regression and the majority class.
 """
 
+from therapy_jax import run
+
+if __name__ == "__main__":
+    run.parse(__doc__)  # before jax is imported: --help and a misspelt key are answered at once
+
 import json
 import time
 from collections import Counter
@@ -14,7 +19,7 @@ import rich.box
 from etils import epath
 from rich.table import Table
 
-from therapy_jax import classifiers, files, gpt2, processes, report, run, stages
+from therapy_jax import classifiers, files, gpt2, processes, report, stages
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -97,4 +102,4 @@ def table(tested: dict[str, dict]) -> Table:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "")
+    run.main(main, __doc__)

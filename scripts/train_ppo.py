@@ -4,6 +4,11 @@ Every eval_every iterations the same validation prompts are answered, decoded as
 the policy that is best there by ppo.keep_best is kept. Stopped and started again, it goes on from its last checkpoint.
 """
 
+from therapy_jax import run
+
+if __name__ == "__main__":
+    run.parse(__doc__)  # before jax is imported: --help and a misspelt key are answered at once
+
 import dataclasses
 import functools
 import time
@@ -28,7 +33,6 @@ from therapy_jax import (
     processes,
     prompts,
     report,
-    run,
     sharding,
     stages,
     stopping,
@@ -310,4 +314,4 @@ def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, toke
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "")
+    run.main(main, __doc__)

@@ -4,6 +4,11 @@ base is the model before SFT: from the hub or a folder (model.name), or from scr
 the config has a `pretrain` part. Stopped and started again, each stage goes on from its last checkpoint.
 """
 
+from therapy_jax import run
+
+if __name__ == "__main__":
+    run.parse(__doc__)  # before jax is imported: --help and a misspelt key are answered at once
+
 import dataclasses
 import functools
 import itertools
@@ -26,7 +31,6 @@ from therapy_jax import (
     processes,
     prompts,
     report,
-    run,
     sft,
     sharding,
     stopping,
@@ -300,4 +304,4 @@ def fit(
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "")
+    run.main(main, __doc__)

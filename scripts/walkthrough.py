@@ -391,4 +391,4 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__ or "", Options)
+    run.main(main, __doc__, Options)

@@ -127,8 +127,8 @@ def test_what_the_check_finds_never_shows(writes, speakers, last):
     assert safety.check_reply(harm) is not None and safety.check_reply("That sounds hard.") is None
     writes(f"That sounds hard. {harm}{last}")
     states = [said[0].answers[0] for said in say((), HARMLESS, speakers[:1], None, CONFIG)]
-    assert {a.text for a in states} == {"", "That sounds hard.", conversation.WITHHELD}
-    assert states[-1].withheld and states[-1].text == conversation.WITHHELD and states[-1].ended
+    assert {a.text for a in states} == {"", "That sounds hard.", safety.WITHHELD}
+    assert states[-1].withheld and states[-1].text == safety.WITHHELD and states[-1].ended
     assert not any("40" in a.text for a in states)
 
 

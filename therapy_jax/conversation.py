@@ -163,13 +163,10 @@ def reply(speaker: Speaker, before: Sequence[Turn], client: Turn, key: Any, conf
         told = client.emotion if "emotion" in config.prompt.format else None
         known = (parsed.emotion, told or parsed.client_emotion, tuple(prompt), tuple(ids))
         if whole != text and (reason := safety.check_reply(whole)):
-            yield Answer(name, WITHHELD, *known, reason, ended=True)
+            yield Answer(name, safety.WITHHELD, *known, reason, ended=True)
             return
         text = whole
         yield Answer(name, printable(text), *known, ended=parsed.ended)
-
-
-WITHHELD = "What the model wrote is not shown. If this is serious, please talk to a person you trust."
 
 
 def whole_sentences(text: str) -> str:

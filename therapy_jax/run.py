@@ -52,11 +52,11 @@ DOCTOR = "python scripts/doctor.py says why and what to do"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
 
 
-def main(script: Callable[..., None], description: str, options: type | None = None) -> None:
+def main(script: Callable[..., None], description: str | None, options: type | None = None) -> None:
     """Parse the command line, run script(config), or script(config, options) where it has flags of its own. A user's mistake,
     or a disk that is full, ends with one sentence and exit code 2, no traceback; a signal ends with code 75, and the same
     command goes on (stopping.py)."""
-    config, own = config_module.parse_with(options, description=f"{description}\n\n{EXIT_CODES}")
+    config, own = parse(description, options)
     from therapy_jax import processes, stopping
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError
@@ -93,6 +93,17 @@ def main(script: Callable[..., None], description: str, options: type | None = N
         )
         sys.stdout.flush()
         os._exit(stopping.EXIT_CODE)  # at an ordinary exit jax would wait for the others
+
+
+def parse(description: str | None, options: type | None = None) -> tuple[Config, Any]:
+    """The command line -> (Config, options). Scripts whose imports take seconds ask for it before them, so that --help and a
+    misspelt key are answered at once; main gets the same again."""
+    return _parse(tuple(sys.argv[1:]), f"{description or ''}\n\n{EXIT_CODES}", options)
+
+
+@functools.cache
+def _parse(argv: tuple[str, ...], description: str, options: type | None) -> tuple[Config, Any]:
+    return config_module.parse_with(options, list(argv), description)
 
 
 def deepen_compiler_stack() -> None:
