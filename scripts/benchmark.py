@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import benchmark_conversations
 import numpy as np
 from benchmark_agree import Check, compare
 from benchmark_report import (
@@ -55,8 +54,8 @@ from rich.console import Console
 
 from therapy_jax import files, run
 from therapy_jax.dialogue import DataError
+from therapy_jax.locate import WeightsError
 from therapy_jax.run import console, escape
-from therapy_jax.weights import WeightsError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of configs/quickstart.yaml: how well the models do does not matter to a start, and the rest of the run never comes.
@@ -437,8 +436,10 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     sizes = {name: TINY[0] if options.sizes else SIZES[name] for name in dict.fromkeys([*models, *options.ppo_model])}
     shapes = {name: TINY[1] if options.sizes else QUICK_SHAPES if options.quick else SHAPES[name] for name in sizes}
     ppo_models = ["nano"] if options.quick else options.ppo_model
-    counts: dict[str, benchmark_conversations.Counts] = {}
+    counts: dict[str, Any] = {}
     if "conversations" in what:
+        import benchmark_conversations  # imports jax
+
         for name in models:
             path, words = folder / f"{name}.conversations.npz", sizes[name].vocabulary
             counts[name] = benchmark_conversations.write(path, options.conversations, options.tokenizer, words)

@@ -93,7 +93,7 @@ def main(config: Config) -> None:
 
     results = {
         "data": {"name": config.data.format, "split": cfg.split, "n": len(chosen), "sha256": fingerprint(config)},
-        "decoding": dataclasses.asdict(run.decoding(config)),
+        "decoding": {**dataclasses.asdict(run.decoding(config)), "candidates": cfg.candidates},
         "signature": metrics.signature(),
         "reward_weights": scorer.weights,
         "systems": systems,
@@ -141,7 +141,10 @@ def of_model(
     examples = [prompts.encode(tokenizer, e, config.prompt, gpt2_config.n_positions) for e in chosen]
     rows = [e.prompt for e in examples]
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    replies = evaluate.answer(params, rows, key, model=model, cfg=run.decoding(config), batch_size=size, mesh=mesh)
+    how = {"model": model, "cfg": run.decoding(config), "batch_size": size, "mesh": mesh}
+    replies = evaluate.agreed_answer(
+        params, rows, key, candidates=config.evaluate.candidates, tokenizer=tokenizer, **how
+    )
     perplexity = evaluate.perplexity_of(*evaluate.losses_of(params, examples, model=model, batch_size=size, mesh=mesh))
     system = evaluate.of_replies(replies, refs, chosen, scorer, perplexity)
     if name != "base":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from therapy_jax import classifiers, dialogue, evaluate, gpt2, prompts, sharding
+from therapy_jax import classifiers, consensus, dialogue, evaluate, gpt2, prompts, sharding
 from therapy_jax.config import MeshConfig, PromptConfig, RewardWeights, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
 from therapy_jax.rewards.batch import Fixed, make_references
@@ -187,3 +187,20 @@ def test_data_without_emotions_has_a_row_without_them(data, scorer):
     results = {"data": {"name": "jsonl", "split": "test", "n": 20}, "systems": {"x": row}}
     console.print(evaluate.table(results | {"emotion_majority_accuracy": None}))
     assert "no emotion is annotated" in console.export_text()
+
+
+def test_the_agreed_answer_is_one_of_its_candidates_and_of_one_it_is_that_one(rows, tokenizer, model, params):
+    how = {
+        "model": model,
+        "cfg": SamplingConfig(max_new_tokens=8, temperature=1.0),
+        "batch_size": 8,
+        "mesh": sharding.make_mesh(MeshConfig(1)),
+    }
+    key = jax.random.key(5)
+    agreed = [evaluate.agreed_answer(params, rows, key, candidates=n, tokenizer=tokenizer, **how) for n in (1, 3)]
+    assert agreed[0] == evaluate.answer(params, rows, key, **how)
+    drawn = [evaluate.answer(params, rows, k, **how) for k in jax.random.split(key, 3)]
+    texts = [[prompts.parse_reply(tokenizer, ids).text for ids in replies] for replies in zip(*drawn, strict=True)]
+    for ids, replies, known in zip(agreed[1], zip(*drawn, strict=True), texts, strict=True):
+        assert ids in replies
+        assert known[replies.index(ids)] == known[consensus.most_agreed(known)]

@@ -10,10 +10,12 @@ Nothing here imports jax: `--help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 
 class ConfigError(ValueError):
@@ -398,10 +400,20 @@ class EvaluateConfig:
     """As in sampling."""
     top_p: float = 1.0
     """As in sampling."""
+    candidates: int = 1
+    """Replies that every model samples to a prompt; the one most like the others is its answer (consensus.py). 1 = the only
+    one. The validation during PPO always takes one."""
     language_model: str | None = None
     """Run folder of another seed whose SFT model judges whether replies are language (their perplexity); null = not judged."""
     bootstrap: int = 1000
     """Resamplings of the paired bootstrap that compares the last trained system with every other one."""
+
+    def __post_init__(self):
+        require(self.candidates >= 1, f"evaluate.candidates must be at least 1, not {self.candidates}")
+        require(
+            self.candidates == 1 or self.temperature > 0,
+            f"evaluate.candidates {self.candidates} needs evaluate.temperature above 0: greedy replies are all the same",
+        )
 
 
 @dataclass(frozen=True)
@@ -573,7 +585,12 @@ def parse_with(
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # allow_abbrev: else `--sft.learning_rat 1` would quietly be taken for learning_rate.
     usage = "%(prog)s [--config FILE.yaml] [--section.name VALUE ...]"  # all names would fill the screen at each error
-    parser = jsonargparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            super().error(message + nearest(message, [action.dest for action in self._actions]), ex)
+
+    parser = Parser(description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of one experiment (configs/*.yaml).")
     kinds = (Config,) if options is None else (Config, options)
     for kind in kinds:
@@ -585,6 +602,15 @@ def parse_with(
         return config, own[0] if own else None
     except ConfigError as error:
         parser.error(str(error))
+
+
+def nearest(message: str, known: Sequence[str]) -> str:
+    """What to add to jsonargparse's message about a key that does not exist: the name that it is nearest to, if any."""
+    groups = r"Group '(\S+)' does not accept option '(\S+)'|Option '(\S+)' is not accepted|unrecognized arguments: --([^\s=]+)"
+    found = re.search(groups, message)
+    wrong = ".".join(filter(None, found.groups())) if found else ""
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"; do you mean {close[0]}?" if close else ""
 
 
 def to_yaml(config: Config) -> str:

@@ -18,7 +18,7 @@ import rich.box
 from jax.sharding import Mesh
 from rich.table import Table
 
-from therapy_jax import baselines, batching, gpt2, metrics, prompts, sharding
+from therapy_jax import baselines, batching, consensus, gpt2, metrics, prompts, sharding
 from therapy_jax.config import PromptConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS, Exchange, Turn
 from therapy_jax.gpt2 import Params
@@ -96,6 +96,16 @@ def answer(
         for i, tokens, mask in zip(indices, reply.tokens, reply.mask, strict=True):
             replies[i] = tokens[mask].tolist()
     return replies
+
+
+def agreed_answer(
+    params: Any, rows: Sequence[Sequence[int]], key: jax.Array, *, candidates: int, tokenizer: Any, **how: Any
+) -> list[list[int]]:
+    """`answer` to each prompt, `candidates` times; of these the one whose text the others agree with most (consensus.py)."""
+    keys = [key] if candidates == 1 else jax.random.split(key, candidates)
+    drawn = list(zip(*(answer(params, rows, k, **how) for k in keys), strict=True))  # [prompt][candidate] -> ids
+    texts = [[prompts.parse_reply(tokenizer, ids).text for ids in replies] for replies in drawn]
+    return [replies[i] for replies, i in zip(drawn, consensus.choose(texts), strict=True)]
 
 
 def read_emotions(
