@@ -542,6 +542,8 @@ class Config:
     grid: GridConfig = field(default_factory=GridConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
+    tensorboard: bool = False
+    """Write every line of metrics.jsonl as TensorBoard events too, to run_dir/tensorboard (extra `tensorboard`)."""
     compilation_cache: str | None = "~/.cache/therapy_jax/xla"
     """Folder for compiled programs, so that a second start does not compile again; null = off."""
 

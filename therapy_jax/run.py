@@ -2,6 +2,7 @@
 
 runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yaml` runs it again
           metrics.jsonl      one object a logged step: stage, step, seconds, every metric; unique by stage and step
+          tensorboard/       the same as events, where the config says `tensorboard: true`
           environment.json   per stage: commit, versions, devices, when and how long
           {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
           samples.jsonl      the same prompts answered again and again while PPO goes on
@@ -47,6 +48,7 @@ EXIT_CODES = (
     "Exit codes: 0 done; 2 a mistake or a full disk, in one sentence; 75 stopped by SIGTERM or Ctrl-C, saved, and the same "
     "command goes on; 130 stopped at once by a second Ctrl-C."
 )
+COMPILING = "compiling: about a minute, cached afterwards"
 LOGS = ("metrics.jsonl", "samples.jsonl")
 DOCTOR = "python scripts/doctor.py says why and what to do"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "nltk", "rouge-score")
@@ -149,6 +151,8 @@ def start(config: Config, stage: str) -> Path:
                 f"run_dir {folder} cannot be written ({error.strerror or error}); choose another with --run_dir"
             ) from error
     processes.wait_for_all("run folder")
+    if config.tensorboard:
+        open_events(folder)
     use_cache(config)
     commit()
     devices = jax.devices()
@@ -325,6 +329,28 @@ def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started
         **{k: plain(v) for k, v in metrics.items()},
     }
     append(folder / "metrics.jsonl", [line])
+    if (events := _events.get(str(folder))) is not None:
+        for name, value in line.items():
+            if isinstance(value, (int, float)) and name != "step":
+                events.add_scalar(f"{stage}/{name}", value, step)
+        events.flush()
+
+
+_events: dict[str, Any] = {}  # run folders that are also written for TensorBoard -> their writers
+
+
+def open_events(folder: Path) -> None:
+    """Also write what `log` is given to folder/tensorboard. Raises ConfigError where the extra is missing."""
+    from therapy_jax import processes
+
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard: true needs tensorboardX, which is not installed: pip install 'therapy_jax[tensorboard]'"
+        ) from error
+    if processes.is_writer() and str(folder) not in _events:
+        _events[str(folder)] = SummaryWriter(str(folder / "tensorboard"))
 
 
 def log_samples(
@@ -428,24 +454,31 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def progress(stage: str, total: int, done: int = 0, at_first: str = "compiling ...") -> Iterator[Callable[..., None]]:
+def progress(stage: str, total: int, done: int = 0, at_first: str = COMPILING) -> Iterator[Callable[..., None]]:
     """A bar with rate and time left on a terminal; a line every ten seconds where the output is a file or a pipe.
 
     Yields advance(step, **numbers): the numbers that matter, shown as they are given.
     """
+    began = time.monotonic()
+
+    def rate(step: int) -> str:
+        each = (time.monotonic() - began) / max(step - done, 1)
+        return f"{each:.1f} s each" if each > 1 else f"{1 / max(each, 1e-6):.1f}/s"
+
     if console.is_terminal:
         columns = (
             TextColumn("{task.description:>10}"),
             BarColumn(24),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(stage, total=total, completed=done, numbers=at_first)
-            yield lambda step, **numbers: bar.update(task, completed=step, numbers=show(numbers))
+            task = bar.add_task(stage, total=total, completed=done, numbers=at_first, rate="")
+            yield lambda step, **numbers: bar.update(task, completed=step, numbers=show(numbers), rate=rate(step))
         return
-    began, shown = time.monotonic(), 0.0
+    shown = 0.0
 
     def advance(step: int, **numbers: Any) -> None:
         nonlocal shown
@@ -453,7 +486,7 @@ def progress(stage: str, total: int, done: int = 0, at_first: str = "compiling .
         if now - shown >= 10 or step == total:
             shown = now
             left = (now - began) / max(step - done, 1) * (total - step)
-            say(f"{stage} {step}/{total}  {show(numbers)}  {now - began:.0f} s, {left:.0f} s left")
+            say(f"{stage} {step}/{total}  {show(numbers)}  {rate(step)}, {left:.0f} s left")
 
     def say(line: str) -> None:
         if not console.quiet:

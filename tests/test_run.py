@@ -1,0 +1,33 @@
+"""What every script shares: log lines, also as TensorBoard events."""
+
+import struct
+import sys
+import time
+
+import pytest
+
+from therapy_jax import run
+from therapy_jax.config import ConfigError
+
+
+def test_log_lines_are_tensorboard_events_too(tmp_path):
+    """Read back as TFRecords: length u64, its checksum u32, an Event, its checksum u32."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    run.open_events(tmp_path)
+    run.log(tmp_path, "ppo", 3, {"kl": 0.25, "alarm": "a text is no scalar"}, time.monotonic())
+    run.log(tmp_path, "ppo", 4, {"kl": 0.5}, time.monotonic())
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    assert [entry for entry in found if entry[0] == "ppo/kl"] == [("ppo/kl", 3, 0.25), ("ppo/kl", 4, 0.5)]
+    assert {tag for tag, *_ in found} == {"ppo/kl", "ppo/seconds"}
+
+
+def test_tensorboard_without_its_extra_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match=r"pip install 'therapy_jax\[tensorboard\]'"):
+        run.open_events(tmp_path)
