@@ -1,7 +1,6 @@
 """The gate before the model and the check behind it: labelled cases by class, what hides a word, and no way around."""
 
 import dataclasses
-import doctest
 import inspect
 import json
 import re
@@ -228,9 +227,3 @@ def test_the_module_needs_no_jax_and_measures_from_the_command_line():
     command = [sys.executable, "-m", "therapy_jax.safety", str(DATA / "crisis_dev.jsonl")]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert re.search(r"^explicit +\d+/\d+ +[\d.]+%$", shown, re.MULTILINE)
-
-
-@pytest.mark.parametrize("module", [safety, crisis_rules])
-def test_the_example_of_the_module_runs(module):
-    results = doctest.testmod(module)
-    assert results.attempted and not results.failed

@@ -4,6 +4,11 @@ rewards_t = -beta * kl_t on every reply token, + score on the last one (Ziegler 
 rewards sum to score - beta * KL. Then one of three baselines: a critic (generalised advantage estimation), or the other
 replies to the same prompt (RLOO, GRPO), whose advantage is the same on every token of a reply.
 All arrays are f32[B, R]; mask bool[B, R] is True on reply tokens. Nothing under a False mask ever counts.
+
+>>> gae(jnp.array([[0.0, 0.0, 1.0]]), jnp.zeros((1, 3)), jnp.ones((1, 3), bool), gamma=1.0, lam=0.5)[0].tolist()
+[[0.25, 0.5, 1.0]]
+>>> rloo(jnp.array([1.0, 0.0, 0.5]), group=3).tolist()
+[0.75, -0.75, 0.0]
 """
 
 from __future__ import annotations

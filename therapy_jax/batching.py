@@ -2,6 +2,10 @@
 
 Training sequences are padded on the right; prompts for generation on the left, replies on the right, so that all replies
 of a batch start in the same column. Every mask comes from lengths, never from comparing ids with a padding id.
+
+>>> tokens, mask = pad([[5, 6], [7]], 3, "left")
+>>> tokens.tolist(), mask.sum(1).tolist()
+([[0, 5, 6], [0, 0, 7]], [2, 1])
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Subtitles -> sentences: the traces that subtitling leaves in a line, each with the rule that removes it.
 
 What stays is what was said. A rule that fires is counted by its name, so that a reader of the log sees what cleaning did.
+
+>>> clean_line("(Sighs) : i don't know ♪")
+"I don't know"
 """
 
 import re

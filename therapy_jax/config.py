@@ -5,6 +5,11 @@ ones win: the defaults below, `--config FILE.yaml`, dotted overrides such as `--
 not exist or a value of the wrong type is refused, in the file and on the command line alike.
 
 Nothing here imports jax: `--help` answers at once.
+
+>>> Config(ppo=PPOConfig(kl_coef=0.1)).ppo.kl_coef
+0.1
+>>> nearest("Option 'ppo.learning_rat' is not accepted", ["ppo.learning_rate", "seed"])
+'; do you mean ppo.learning_rate?'
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ with the N samples as candidates and as evidence at once (Kumar & Byrne 2004; Ei
 need?"). Nothing but the model's own samples is read: neither references nor rewards. Here u is ROUGE-1 + 2 ROUGE-2 (F1), so
 that shared phrases decide among replies that share their words; it costs N times the sampling, and some variety.
 
-    >>> replies = ["I hear how hard it is.", "Have you slept?", "I hear that it is hard."]
-    >>> most_agreed(replies)
-    2
+>>> most_agreed(["That is hard.", "Have you slept?", "I hear that it is hard.", "I hear you."])
+2
 """
 
 from __future__ import annotations

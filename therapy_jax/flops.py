@@ -1,4 +1,8 @@
-"""What the work costs in matrix products, counted on paper: XLA's own count takes a loop for one trip."""
+"""What the work costs in matrix products, counted on paper: XLA's own count takes a loop for one trip.
+
+>>> f"{training_flops(Size(layers=12, width=768, heads=12), batch=8, length=128):.3g}"  # an SFT step of gpt2
+'7.73e+11'
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 `raw_terms` computes them, `combine` makes one score per reply and says what each term did to it. With standardising, a
 term enters as (value - mean) / sd of all its values so far, so that none rules by its scale alone; those running
 statistics are state, and belong to the checkpoint.
+
+>>> raw = {"rouge1": jnp.array([0.25, 0.5]), "length": jnp.array([-0.5, 0.0])}
+>>> combine(raw, {"rouge1": 1.0, "length": 0.25}, init_stats(raw), standardise=False)[0].tolist()
+[0.125, 0.5]
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ the gold classes in train prior_g,
     reward(said c, gold g) = (rho / prior_g) * (G[c, g] - mean over classes of G[c, .]),     rho = the smallest prior,
 
     sum_g prior_g * reward(c, g) = rho * sum_g (G[c, g] - mean G[c, .]) = 0     for every constant c.
+
+>>> table = balanced(likeness(), jnp.full(len(EMOTIONS), 1 / 7))  # [said, gold]
+>>> said, gold = EMOTIONS.index("depression"), EMOTIONS.index("sadness")
+>>> bool(table[gold, gold] > table[said, gold] > table[EMOTIONS.index("joy"), gold])
+True
 """
 
 from __future__ import annotations

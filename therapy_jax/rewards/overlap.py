@@ -7,6 +7,11 @@ One comparison of every word with every other is all that they read (each asks f
 program), kept as bits: `places` says of each word where it stands in the other text, one bit a place. Counting is then a
 population count, an n-gram is an AND of shifted bits, and a whole row of the table of the longest common subsequence is one
 addition. The batch is the last axis throughout, so that replies, not bits, lie side by side in a vector register.
+
+>>> hyp, ref = jnp.array([[1, 2, 3, 4]]), jnp.array([[1, 2, 5, 4]])  # words, numbered
+>>> mask = jnp.ones((1, 4), bool)
+>>> [rouge_n(hyp, mask, ref, mask, n=1).tolist(), rouge_l(hyp, mask, ref, mask).tolist(), recall(hyp, mask, ref, mask).tolist()]
+[[0.75], [0.75], [0.75]]
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ rouge-score sees them: lower-cased, everything but a-z and 0-9 is a gap. A word'
 which can be put together from pieces, since appending a piece x of length k is the affine map  h -> h * BASE^k + hash(x).
 Affine maps compose associatively, so one `associative_scan` along a row hashes all of its words at once. What each token
 contributes is looked up in tables made once from the tokenizer.
+
+>>> hash_words("Don't") == hash_words("don t"), hash_words("ab") == [(ord("a") * BASE + ord("b")) % 2**32]
+(True, True)
 """
 
 from __future__ import annotations
