@@ -381,6 +381,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=names(tuple(SIZES)), default=["nano"], help="nano, gpt2 (ppo: nano alone by default)"
     )
+    parser.add_argument("--only", metavar="TEXT", default="", help="of the rows, those whose name holds this")
     parser.add_argument("--compare", type=names(PEERS), default=list(PEERS), help="torch, trl")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON; a picture is written beside it")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")
@@ -445,6 +446,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
             counts[name] = benchmark_conversations.write(path, options.conversations, options.tokenizer, words)
     rows = make_rows([w for w in what if w != "ppo"], models, sizes, shapes, options.quick, counts)
     rows += make_rows(["ppo"] if "ppo" in what else [], ppo_models, sizes, shapes, options.quick)
+    rows = [row for row in rows if options.only in row.name]
 
     workers: dict[str, Any] = {}
     for script in dict.fromkeys(["benchmark_jax.py", *(row.script for row in rows)]):
