@@ -1,13 +1,17 @@
 """What every script shares: log lines, also as TensorBoard events."""
 
 import struct
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from therapy_jax import run
 from therapy_jax.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_log_lines_are_tensorboard_events_too(tmp_path):
@@ -31,3 +35,13 @@ def test_tensorboard_without_its_extra_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"pip install 'therapy_jax\[tensorboard\]'"):
         run.open_events(tmp_path)
+
+
+def test_an_unexpected_fault_says_where_its_traceback_is(tmp_path):
+    code = "from therapy_jax import run\ndef broken(config): raise ZeroDivisionError('nobody thought of this')\nrun.main(broken, '')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--run_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert "nobody thought of this" in (tmp_path / "error.log").read_text(encoding="utf-8")
+    assert str(tmp_path / "error.log") in done.stdout

@@ -3,6 +3,7 @@
 runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yaml` runs it again
           metrics.jsonl      one object a logged step: stage, step, seconds, every metric; unique by stage and step
           tensorboard/       the same as events, where the config says `tensorboard: true`
+          error.log          the last fault that nobody expected
           environment.json   per stage: commit, versions, devices, when and how long
           {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
           samples.jsonl      the same prompts answered again and again while PPO goes on
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,15 +88,28 @@ def main(script: Callable[..., None], description: str | None, options: type | N
         console.print("stopped; the same command goes on from the last checkpoint")
         sys.exit(stopping.INTERRUPTED)
     except Exception as error:
-        if not processes.is_loss_of_another(error):
-            raise
         console.quiet = False
+        if not processes.is_loss_of_another(error):
+            keep_traceback(config)
+            raise
         console.print(
             "[bold red]error:[/] another process has ended or cannot be reached "
             f"({escape(str(error).splitlines()[0][:200])}); start all of them again: they go on from the last checkpoint"
         )
         sys.stdout.flush()
         os._exit(stopping.EXIT_CODE)  # at an ordinary exit jax would wait for the others
+
+
+def keep_traceback(config: Config) -> None:
+    """Of what nobody expected: into the run folder, where there is one, and a word on where it lies."""
+    folder = as_path(config.run_dir)
+    with contextlib.suppress(OSError):
+        if folder.is_dir():
+            write_text(folder / "error.log", traceback.format_exc())
+            console.print(
+                f"[bold red]unexpected:[/] a fault of the program, not of yours; traceback: {escape(str(folder / 'error.log'))}, "
+                f"what was logged: {escape(str(folder / 'metrics.jsonl'))}. What is saved stays, and the same command goes on"
+            )
 
 
 def parse(description: str | None, options: type | None = None) -> tuple[Config, Any]:
