@@ -57,7 +57,7 @@ def writes(monkeypatch, tokenizer):
 def test_the_gate_stands_before_the_models():
     broken = Speaker("ppo", None, None, None)  # whoever asks it fails  # pyright: ignore[reportArgumentType]
     ((message,),) = say((), CRISIS, [broken], None, CONFIG)
-    assert message.crisis == "suicide" and message.fixed == safety.answer("suicide", CONFIG)
+    assert message.crisis == "suicide" and message.fixed == safety.answer("suicide", CONFIG.safety)
     assert message.answers == () and message.client.text == CRISIS
     with pytest.raises(AttributeError):
         list(say((), HARMLESS, [broken], None, CONFIG))
@@ -66,9 +66,12 @@ def test_the_gate_stands_before_the_models():
 def test_what_the_gate_answered_no_model_reads_later(speakers):
     *_, said = say((), HARMLESS, speakers, None, CONFIG)
     *_, said = say(said, CRISIS, speakers, None, CONFIG)
-    *_, later = say(said, "Thank you.", speakers, None, CONFIG)
-    *_, without = say(said[:1], "Thank you.", speakers, None, CONFIG)
+    after = "It rained all day here, so I stayed in and read."
+    *_, later = say(said, after, speakers, None, CONFIG)
+    *_, without = say(said[:1], after, speakers, None, CONFIG)
     assert len(later) == 3 and later[2].crisis is None
+    assert later[2].reminder == safety.reminder(CONFIG.safety) and without[1].reminder is None
+    assert safety.reminder(CONFIG.safety) in browser.as_html(later, (), {})
     assert [a.prompt for a in later[2].answers] == [a.prompt for a in without[1].answers]
 
 

@@ -128,7 +128,7 @@ def test_a_conversation_in_the_browser(driver, server):
         page.click("#send")
         gate = page.locator("[data-crisis]")
         gate.wait_for()
-        assert safety.answer("suicide", Config()) in gate.inner_text()
+        assert safety.answer("suicide", Config().safety) in gate.inner_text()
         assert page.locator(".tj-card").count() == 3  # no model was asked
         assert page.input_value("#message textarea") == ""
 

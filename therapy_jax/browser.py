@@ -77,7 +77,8 @@ def message_html(message: Message, known: Sequence[Details | None], weights: dic
     cards = [
         card_html(answer, known[i] if i < len(known) else None, weights) for i, answer in enumerate(message.answers)
     ]
-    return f'{you}<div class="tj-cards">{"".join(cards)}</div>'
+    reminder = f'<p class="tj-care">{html.escape(message.reminder)}</p>' if message.reminder else ""
+    return f'{you}<div class="tj-cards">{"".join(cards)}</div>{reminder}'
 
 
 def card_html(answer: Answer, known: Details | None, weights: dict[str, float]) -> str:

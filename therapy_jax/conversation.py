@@ -82,6 +82,7 @@ class Message(NamedTuple):
     crisis: str | None = None  # the kind that the gate has found
     fixed: str | None = None  # the gate's answer
     answers: tuple[Answer, ...] = ()
+    reminder: str | None = None  # where help is, beside every answer after the gate has fired once
 
     @property
     def emotion(self) -> str | None:
@@ -102,7 +103,7 @@ def say(
     Message n draws from fold_in(seed, n), for all models: answered again with another emotion, only that has changed.
     """
     if crisis := safety.crisis(text, [message.client.text for message in conversation]):
-        yield (*conversation, Message(Turn("client", text), None, crisis.kind, safety.answer(crisis.kind, config)))
+        yield (*conversation, Message(Turn("client", text), None, crisis.kind, safety.answer(crisis.kind, config.safety)))
         return
     before = context(conversation)
     client, certainty = Turn("client", (clean_line(text) if config.data.clean else "") or text.strip(), emotion), None
@@ -110,7 +111,8 @@ def say(
         found, certainty = read_emotion(reader, before, client, config.prompt.max_tokens)
         client = dataclasses.replace(client, emotion=found)
     key = jax.random.fold_in(jax.random.key(config.seed), len(conversation))
-    message = Message(client, certainty)
+    fired = any(message.crisis for message in conversation)
+    message = Message(client, certainty, reminder=safety.reminder(config.safety) if fired else None)
     for speaker in speakers:
         done = message.answers
         for answer in reply(speaker, before, client, key, config):

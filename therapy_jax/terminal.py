@@ -140,14 +140,16 @@ def show(message: Message, chat: Chat) -> Group | Panel:
         sure = "as you say" if message.certainty is None else f"{message.certainty:.0%} sure"
         emotion.append(f", {sure if message.client.emotion else 'as the model writes'} (/emotion corrects it)")
     parts = [emotion] if "emotion" in chat.config.prompt.format else []
+    last = [Text(message.reminder, style="yellow")] if message.reminder else []
     if len(chat.speakers) == 1:
-        return Group(*parts, *(Text.assemble((f"{a.speaker} > ", "bold"), *said_by(a)) for a in message.answers))
+        answers = [Text.assemble((f"{a.speaker} > ", "bold"), *said_by(a)) for a in message.answers]
+        return Group(*parts, *answers, *last)
     table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
     for speaker in chat.speakers:
         table.add_column(speaker.name, ratio=1)
     answers = [Text.assemble(*said_by(answer)) for answer in message.answers]
     table.add_row(*answers, *[""] * (len(chat.speakers) - len(answers)))
-    return Group(*parts, table)
+    return Group(*parts, table, *last)
 
 
 def said_by(answer: Answer) -> list[tuple[str, str]]:
