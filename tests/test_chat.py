@@ -49,7 +49,7 @@ def test_a_conversation(tiny_run, tmp_path):
         "/compare gpt",
         "I want to kill myself.",
         "/emotion joy",
-        "Thank you.",
+        "It rained all day here, so I stayed in and read.",
         f"/save {saved}",
         f"/save {saved}",
         "/reset",
