@@ -13,7 +13,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STAGES = ("train_sft", "train_ppo", "evaluate")  # what the README's loop over $stage stands for
 FREE = ("benchmark.py", "doctor.py")  # their own test files run these
 # The scripts that a person starts; what benchmark.py starts for itself (benchmark_*.py), no.
-SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.py") if not p.name.startswith("benchmark_"))
+SCRIPTS = sorted(
+    path.name
+    for path in (ROOT / "scripts").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8") and not path.name.startswith("benchmark_")
+)
 
 
 def commands() -> list[str]:

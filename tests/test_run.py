@@ -20,6 +20,7 @@ def test_log_lines_are_tensorboard_events_too(tmp_path):
     run.open_events(tmp_path)
     run.log(tmp_path, "ppo", 3, {"kl": 0.25, "alarm": "a text is no scalar"}, time.monotonic())
     run.log(tmp_path, "ppo", 4, {"kl": 0.5}, time.monotonic())
+    run._events.pop(str(tmp_path)).close()  # a thread of its own writes
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []
     while data:

@@ -348,7 +348,6 @@ def log(folder: Path, stage: str, step: int, metrics: Mapping[str, Any], started
         for name, value in line.items():
             if isinstance(value, (int, float)) and name != "step":
                 events.add_scalar(f"{stage}/{name}", value, step)
-        events.flush()
 
 
 _events: dict[str, Any] = {}  # run folders that are also written for TensorBoard -> their writers
@@ -365,7 +364,8 @@ def open_events(folder: Path) -> None:
             "tensorboard: true needs tensorboardX, which is not installed: pip install 'therapy_jax[tensorboard]'"
         ) from error
     if processes.is_writer() and str(folder) not in _events:
-        _events[str(folder)] = SummaryWriter(str(folder / "tensorboard"))
+        writer = _events[str(folder)] = SummaryWriter(str(folder / "tensorboard"), flush_secs=5)
+        atexit.register(writer.close)
 
 
 def log_samples(
