@@ -229,6 +229,7 @@ def warm_up(speaker: Speaker, reader: Reader | None, config: Config) -> None:
     """Compile what the first message needs: all is asked once, and one token is drawn twice (the second time from what the
     first one has left)."""
     client = Turn("client", "Hello.", EMOTIONS[0])
+    safety.crisis(client.text)  # the gate learns its cases
     if reader is not None:
         read_emotion(reader, (), client, config.prompt.max_tokens)
     list(itertools.islice(reply(speaker, (), client, jax.random.key(0), config), 2))

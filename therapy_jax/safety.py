@@ -3,8 +3,9 @@
     message -> normalise -> crisis?  yes: answer(kind), and the model is not asked
                                      no:  model -> check_reply?  yes: WITHHELD instead of the reply
 
-Nothing here knows a language model, and nothing here can be switched off. `crisis` matches rules that can be read as they
-are (crisis_rules.txt). It is a coarse net: what is only hinted at in words of the person's own slips through it often.
+Nothing here knows a language model, and nothing here can be switched off. What is said is found by rules that can be read as
+they are (crisis_rules.txt); what is only hinted at, by a classifier that learnt from labelled messages (crisis_hints.py). It is a
+coarse net: README says how much slips through.
 
 >>> crisis("Dying laughing at this video") is None
 True
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from therapy_jax import crisis_hints
 from therapy_jax.config import SafetyConfig
 from therapy_jax.crisis_rules import KINDS, matches, normalise
 
@@ -39,14 +41,15 @@ HEARD = {
     "self_harm": "Thank you for telling me. What you wrote sounds as if you, or somebody you know, may be getting hurt.",
     "abuse": "Thank you for telling me. What you wrote sounds as if somebody is being hurt. Nobody deserves that.",
     "danger": "Thank you for telling me. What you wrote sounds as if somebody may get hurt.",
+    "concern": "Thank you for telling me. I may have misread it, but what you wrote sounds as if somebody may not be safe.",
 }
 
 
 class Crisis(NamedTuple):
     kind: str
-    """suicide, self_harm, abuse or danger (to others)."""
+    """suicide, self_harm, abuse or danger (to others), by a rule; concern: by its hints."""
     matched: str
-    """The words that a rule matched, as `normalise` leaves them."""
+    """The words that a rule matched, or that weighed most, as `normalise` leaves them."""
 
 
 def crisis(text: str, earlier_client_turns: Sequence[str] = ()) -> Crisis | None:
@@ -99,7 +102,10 @@ def _help(config: SafetyConfig) -> tuple[str, str]:
 
 @functools.lru_cache(4096)
 def _read(text: str) -> Crisis | None:
-    return _first(normalise(text))
+    plain = normalise(text)
+    if found := _first(plain):
+        return found
+    return Crisis("concern", ", ".join(crisis_hints.why(plain))) if crisis_hints.hint(plain) >= crisis_hints.THRESHOLD else None
 
 
 def _first(plain: str, single: bool = False) -> Crisis | None:
