@@ -72,7 +72,9 @@ def test_a_conversation(tiny_run, tmp_path):
     assert "you: sadness, as you say" in compared and " sft ppo " in compared
     assert "there is no /comapre; do you mean /compare?" in typo
     assert "/compare takes models" in unknown_model and "base, sft, ppo" in unknown_model
-    assert flat(safety.answer("suicide", Config().safety)) in crisis and " sft ppo" not in crisis and "you: " not in crisis
+    assert (
+        flat(safety.answer("suicide", Config().safety)) in crisis and " sft ppo" not in crisis and "you: " not in crisis
+    )
     assert "a message that a model has answered" in refused
     assert " sft ppo " in thanks
     assert f"saved: {saved}" in written and "is left as it is" in exists

@@ -103,7 +103,10 @@ def say(
     Message n draws from fold_in(seed, n), for all models: answered again with another emotion, only that has changed.
     """
     if crisis := safety.crisis(text, [message.client.text for message in conversation]):
-        yield (*conversation, Message(Turn("client", text), None, crisis.kind, safety.answer(crisis.kind, config.safety)))
+        yield (
+            *conversation,
+            Message(Turn("client", text), None, crisis.kind, safety.answer(crisis.kind, config.safety)),
+        )
         return
     before = context(conversation)
     client, certainty = Turn("client", (clean_line(text) if config.data.clean else "") or text.strip(), emotion), None

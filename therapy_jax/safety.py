@@ -105,7 +105,11 @@ def _read(text: str) -> Crisis | None:
     plain = normalise(text)
     if found := _first(plain):
         return found
-    return Crisis("concern", ", ".join(crisis_hints.why(plain))) if crisis_hints.hint(plain) >= crisis_hints.THRESHOLD else None
+    return (
+        Crisis("concern", ", ".join(crisis_hints.why(plain)))
+        if crisis_hints.hint(plain) >= crisis_hints.THRESHOLD
+        else None
+    )
 
 
 def _first(plain: str, single: bool = False) -> Crisis | None:
