@@ -31,12 +31,12 @@ def by_class(cases: list[dict], fired: list[bool]) -> dict[str, float]:
 
 
 def test_recall_and_false_alarms_on_the_half_that_was_written_apart():
-    """What README says of it: fewer hints than the 85 % that were aimed at."""
+    """README tells the shares, and that 95, 85 and 5 % were aimed at; these bounds only keep them from falling."""
     heldout = [json.loads(line) for line in (DATA / "crisis_heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     share = by_class(heldout, [safety.crisis(case["text"]) is not None for case in heldout])
-    assert share["explicit"] >= 0.95, share
-    assert share["indirect"] >= 0.55, share
-    assert share["harmless"] <= 0.10, share
+    assert share["explicit"] >= 0.92, share
+    assert share["indirect"] >= 0.82, share
+    assert share["harmless"] <= 0.07, share
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_cases_of_authors_that_the_gate_has_not_read():
         cases += apart
         fired += list(hints | np.array(rules))
     share = by_class(cases, fired)
-    assert share["explicit"] >= 0.95 and share["indirect"] >= 0.55 and share["harmless"] <= 0.08, share
+    assert share["explicit"] >= 0.95 and share["indirect"] >= 0.60 and share["harmless"] <= 0.09, share
 
 
 def test_what_a_hint_was_is_said_in_words_of_the_message():
