@@ -143,7 +143,7 @@ def test_a_terminal_is_told_nothing_by_a_model(writes, speakers):
 
 def test_a_message_too_long_says_so_before_a_model_is_asked(speakers):
     with pytest.raises(conversation.MessageError, match="ppo reads at most 104"):
-        list(say((), "no " * 200, speakers[1:], None, CONFIG))
+        list(say((), "The bus was late. " * 60, speakers[1:], None, CONFIG))
 
 
 def test_the_reader_is_the_head_on_the_turns_that_models_read(speakers, data):
