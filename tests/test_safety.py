@@ -61,10 +61,13 @@ def test_cases_of_authors_that_the_gate_has_not_read():
 
 
 def test_what_a_hint_was_is_said_in_words_of_the_message():
-    text = "I have given my cat to my sister and written everybody a letter to open afterwards"
+    text = "I wrote a letter for each of the children to open when I am gone"
     plain = crisis_rules.normalise(text)
     assert crisis_hints.hint(plain) > 0.8 > 0.2 > crisis_hints.hint(crisis_rules.normalise("The exam is on Friday"))
     assert crisis_hints.why(plain) and all(f" {words} " in plain for words in crisis_hints.why(plain))
+    calm = "We went to the market and bought apples and some flowers for my aunt. " * 8
+    assert safety.crisis(calm) is None and safety.crisis(calm + text).kind == "concern"  # in a long message, too
+    assert [safety.crisis(short) for short in ("no", "No, no, no.", "Yes.", "It hurts", "ok")] == [None] * 5
 
 
 def test_the_built_in_sample_is_spared():

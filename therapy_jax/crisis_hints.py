@@ -23,20 +23,31 @@ from therapy_jax.crisis_rules import normalise
 # Of the probability. Chosen where every author's cases were read by a classifier that had seen none of theirs: the least at
 # which the gate, rules included, stops about one harmless message in twenty.
 THRESHOLD = 0.8
+LEAST, MOST = 4, 45  # words of the labelled messages
 
 
 def hint(plain: str) -> float:
-    """The probability that a message (as `normalise` leaves it) hints of a crisis."""
-    return float(learnt().predict_proba([plain])[0, 1])
+    """The probability that a message (as `normalise` leaves it) hints of a crisis: 0 for fewer different words than a case
+    has, the highest of its stretches for more."""
+    words = plain.split()
+    if len(set(words)) < LEAST:
+        return 0.0
+    starts = range(0, max(len(words) - MOST // 2, 1), MOST // 2)
+    return float(learnt().predict_proba([f" {' '.join(words[i : i + MOST])} " for i in starts])[:, 1].max())
 
 
 def why(plain: str, most: int = 4) -> list[str]:
     """The words of the message that spoke most for a crisis, strongest first."""
     union, learner = learnt()[0], learnt()[1]
-    part = union.transform([plain]).multiply(learner.coef_[0]).toarray()[0]
-    names = union.get_feature_names_out()
-    heard = [i for i in np.argsort(-part)[:200] if part[i] > 0 and names[i].startswith("words__")]
-    return [names[i].removeprefix("words__") for i in heard[:most]]
+    words = union["words"]
+    row = words.transform([plain])
+    weights = row.data * learner.coef_[0][row.indices]  # the words' columns come first
+    return [word_names()[row.indices[i]] for i in np.argsort(-weights)[:most] if weights[i] > 0]
+
+
+@functools.cache
+def word_names() -> Any:
+    return learnt()[0]["words"].get_feature_names_out()
 
 
 def cases() -> list[dict[str, Any]]:
