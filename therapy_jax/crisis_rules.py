@@ -5,7 +5,7 @@
 >>> normalise("Fine, I wanna k*ll myyyself")
 ' fine i want to kill myself '
 >>> next(matches("suicide", normalise("honestly: better off without me")))
-'without me ... better'
+'better off without ... me'
 """
 
 from __future__ import annotations
