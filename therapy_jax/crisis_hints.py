@@ -2,7 +2,7 @@
 
     message -> normalise -> words 1 to 3 in a row, letters 3 to 5 in a row -> TF-IDF -> logistic regression -> probability
 
-The cases are the model: crisis_cases.jsonl, {"text", "class", "gate", "author"} a line, is learnt from when the first message
+The cases are the model: crisis_cases.jsonl, {"text", "class", "gate", "set"} a line, is learnt from when the first message
 comes (some seconds); whoever adds a line changes the gate. What the clients of the built-in sample say stands beside them as
 ordinary distress. It is linear, so that what it heard can be said (`why`), and it knows words, not situations: a hint in words
 that no case has used is missed.
@@ -20,8 +20,8 @@ import numpy as np
 
 from therapy_jax.crisis_rules import normalise
 
-# Of the probability. Chosen where every author's cases were read by a classifier that had seen none of theirs: the least at
-# which the gate, rules included, stops about one harmless message in twenty.
+# Of the probability. Chosen where each set of cases was read by a classifier that had learnt from the others: a middle between
+# hints that slip through and harmless messages that are stopped (README has both).
 THRESHOLD = 0.8
 LEAST, MOST = 4, 45  # words of the labelled messages
 
