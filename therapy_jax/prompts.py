@@ -25,6 +25,8 @@ from therapy_jax.config import PromptConfig
 from therapy_jax.dialogue import EMOTIONS, DataError, Exchange, Turn
 from therapy_jax.locate import ACCEPTED, WeightsError, find, holds
 
+# transformers is here for its tokenizers; that torch is missing is no news to anybody.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 SPECIAL_TOKENS = ("<|client|>", "<|therapist|>", "<|utterance|>", "<|emotion|>", "<|reply|>", "<|text|>")
 EOS = "<|endoftext|>"
 
