@@ -122,7 +122,6 @@ def main(config: Config) -> None:
         console.print(f"{name}: {shown}")
     console.print(f"signature: {results['signature']}")
     console.print(f"written: {folder / 'results.json'}")
-    report.finish(config)
 
 
 def of_model(
@@ -189,4 +188,4 @@ def fingerprint(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__)
+    run.main(report.after(main), __doc__)

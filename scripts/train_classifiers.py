@@ -51,7 +51,6 @@ def main(config: Config) -> None:
     run.note_environment(folder, "classifiers", seconds)
     console.print(table(tested))
     console.print(f"written: {run.escape(str(where))}")
-    report.finish(config)
 
 
 def compare(
@@ -102,4 +101,4 @@ def table(tested: dict[str, dict]) -> Table:
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__)
+    run.main(report.after(main), __doc__)

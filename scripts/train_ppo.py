@@ -173,7 +173,6 @@ def main(config: Config) -> None:
     manager.close()
     if done < finished:
         run.note_environment(folder, "ppo", time.monotonic() - began)
-    report.finish(config)
 
 
 def prepare(config: Config, data: dict[str, list[Exchange]], scorer: evaluate.Scorer) -> Prepared:
@@ -314,4 +313,4 @@ def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, toke
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__)
+    run.main(report.after(main), __doc__)

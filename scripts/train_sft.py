@@ -84,7 +84,6 @@ def main(config: Config) -> None:
     )
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {folder / 'sft' / 'model'}")
-    report.finish(config)
 
 
 def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int, np.ndarray], Batch], int]:
@@ -304,4 +303,4 @@ def fit(
 
 
 if __name__ == "__main__":
-    run.main(main, __doc__)
+    run.main(report.after(main), __doc__)

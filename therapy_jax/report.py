@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,24 +33,35 @@ MISSING = {  # what a finished run holds -> what the report lacks without it, an
 }
 
 
-def finish(config: Config) -> None:
-    """What every script ends with. A report that fails says so, and the run stays what it is."""
+def after(script: Callable[[Config], None]) -> Callable[[Config], None]:
+    """The script, then its run's report."""
+
+    def both(config: Config) -> None:
+        script(config)
+        finish(config)
+
+    return both
+
+
+def finish(config: Config, loupe: bool = True) -> None:
+    """A report that fails says so, and the run stays what it is."""
     from therapy_jax import processes  # imports jax, which a report on its own need not
 
     folder = as_path(config.run_dir)
     if not processes.is_writer():
         return
     try:
-        path = write_report(folder, config)
+        path = write_report(folder, config, loupe)
     except Exception as error:
         run.warn(f"report.html could not be written ({type(error).__name__}: {error}); the run itself is whole")
         return
     run.console.print(f"written: {run.escape(str(path))}")
 
 
-def write_report(folder: Path, config: Config) -> Path:
-    """-> the path of report.html."""
-    look(folder, config)
+def write_report(folder: Path, config: Config, loupe: bool = True) -> Path:
+    """-> the path of report.html. loupe: with a look at some replies token by token, which takes one more iteration."""
+    if loupe:
+        look(folder, config)
     records = run.read_log(folder / "metrics.jsonl")
     results = _json(folder / "results.json")
     is_grid = "cells" in results
