@@ -79,6 +79,14 @@ def tiny_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Drops what a file has compiled: each program maps memory, Linux grants 65,530 maps a process, and XLA dies beyond."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -174,15 +174,16 @@ def test_the_baseline_is_written_and_judged_by(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "BASELINE", tmp_path / "data" / "kept.json")
     made_on = {"cpu": "c", "cores": 2, "threads": 2, "commit": "x", "date": "d"}
 
-    def judge(ratio, *flags):
+    def judge(ratio, *flags, best=None):
         options = benchmark.parse(["--quick", *flags])
-        return benchmark.judge_quick(options, [{"name": "a", "ratio": ratio}, {"name": "b"}], made_on)
+        row = {"name": "a", "ratio": ratio, "spread": (ratio / 2, best or ratio)}
+        return benchmark.judge_quick(options, [row, {"name": "b"}], made_on)
 
     assert judge(0.1)  # nothing kept yet
     assert judge(2.0, "--write_baseline")
     assert json.loads(benchmark.BASELINE.read_text())["ratios"] == {"a": 2.0}
-    assert judge(1.21) and not judge(1.19)
-    assert "1.19; kept 2.00, 60% of it" in capsys.readouterr().out
+    assert judge(1.21) and not judge(1.19) and judge(0.9, best=1.21), "noise slows some pairs, not all"
+    assert "best pair 1.19; kept 2.00, 60% of it" in capsys.readouterr().out
 
 
 def test_pictures_of_rows_and_of_scaling(tmp_path):
