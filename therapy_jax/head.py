@@ -120,8 +120,8 @@ def walk(
     grads = (jnp.zeros((parts, *wte.shape), wte.dtype), jnp.zeros_like(hidden_GND)) if with_grads else None
     grads = (constrain(grads[0], "grads_GVD", mesh), constrain(grads[1], "rows", mesh)) if grads else None
     start = (*constrain((jnp.zeros(parts, jnp.float32), (zeros, zeros)), "rows", mesh), grads)
-    used = -(-count.max() // size)
-    loss, out, grads = jax.lax.fori_loop(0, used, step, start)
+    # Of a single chunk no gradient is carried, and none added to zeros.
+    loss, out, grads = jax.lax.fori_loop(0, -(-count.max() // size), step, start) if steps > 1 else step(0, start)
     sums = loss.sum(), *(x.reshape(tokens.shape) for x in out)
     return (sums, (constrain(grads[0].sum(0), "wte", mesh), grads[1].reshape(hidden.shape))) if grads else (sums, None)
 

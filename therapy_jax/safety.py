@@ -3,9 +3,9 @@
     message -> normalise -> crisis?  yes: answer(kind), and the model is not asked
                                      no:  model -> check_reply?  yes: WITHHELD instead of the reply
 
-Nothing here knows a language model, and nothing here can be switched off. What is said is found by rules that can be read as
-they are (crisis_rules.txt); what is only hinted at, by a classifier that learnt from labelled messages (crisis_hints.py). It is a
-coarse net: README says how much slips through.
+Nothing here knows a language model, and nothing here can be switched off. Two readers look at each message: rules that can
+be read as they are (crisis_rules.txt), and a classifier that learnt from labelled messages (crisis_hints.py); a rule that fires
+adds to the classifier's odds. It is a coarse net: README says how much slips through.
 
 >>> crisis("Dying laughing at this video") is None
 True
@@ -103,13 +103,10 @@ def _help(config: SafetyConfig) -> tuple[str, str]:
 @functools.lru_cache(4096)
 def _read(text: str) -> Crisis | None:
     plain = normalise(text)
-    if found := _first(plain):
-        return found
-    return (
-        Crisis("concern", ", ".join(crisis_hints.why(plain)))
-        if crisis_hints.hint(plain) >= crisis_hints.THRESHOLD
-        else None
-    )
+    found = _first(plain)
+    if crisis_hints.read(plain, found is not None) < crisis_hints.THRESHOLD:
+        return None
+    return found or Crisis("concern", ", ".join(crisis_hints.why(plain)))
 
 
 def _first(plain: str, single: bool = False) -> Crisis | None:
