@@ -66,8 +66,6 @@ def test_what_a_hint_was_is_said_in_words_of_the_message():
     assert crisis_hints.read(plain, False) > 0.8 > 0.2 > crisis_hints.read(other, False)
     odds = np.log(crisis_hints.read(other, False) / (1 - crisis_hints.read(other, False))) + crisis_hints.EVIDENCE
     assert crisis_hints.read(other, True) == pytest.approx(1 / (1 + np.exp(-odds)))
-        1 / (1 + (1 / crisis_hints.read(other, False) - 1) * np.exp(-crisis_hints.EVIDENCE))
-    )
     assert crisis_hints.why(plain) and all(f" {words} " in plain for words in crisis_hints.why(plain))
     calm = "We went to the market and bought apples and some flowers for my aunt. " * 8
     assert safety.crisis(calm) is None and safety.crisis(calm + text) is not None  # in a long message, too

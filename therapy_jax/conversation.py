@@ -19,13 +19,14 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from therapy_jax import batching, classifiers, gpt2, prompts, run, safety, sampling, sharding, stages
+from therapy_jax import batching, classifiers, crisis_hints, gpt2, prompts, run, safety, sampling, sharding, stages
 from therapy_jax import config as config_module
 from therapy_jax.cleaning import clean_line
 from therapy_jax.config import Config, ConfigError, MeshConfig, PromptConfig
@@ -232,7 +233,9 @@ def warm_up(speaker: Speaker, reader: Reader | None, config: Config) -> None:
     """Compile what the first message needs: all is asked once, and one token is drawn twice (the second time from what the
     first one has left)."""
     client = Turn("client", "Hello.", EMOTIONS[0])
-    safety.crisis(client.text)  # the gate learns its cases
-    if reader is not None:
-        read_emotion(reader, (), client, config.prompt.max_tokens)
-    list(itertools.islice(reply(speaker, (), client, jax.random.key(0), config), 2))
+    with ThreadPoolExecutor(1) as pool:
+        learning = pool.submit(crisis_hints.learnt)  # the gate learns its cases while XLA compiles
+        if reader is not None:
+            read_emotion(reader, (), client, config.prompt.max_tokens)
+        list(itertools.islice(reply(speaker, (), client, jax.random.key(0), config), 2))
+        learning.result()

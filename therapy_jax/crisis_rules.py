@@ -59,7 +59,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"'s\b|'", "", text)
     text = re.sub(r"(?<![a-z0-9])[a-z](?:[^a-z0-9\n]{1,2}[a-z]){2,}(?![a-z0-9])", _join, text)
     text = " " + " ".join(re.findall(r"[^\W_]+", text)) + " "
-    text = re.sub(r"\S+", _unstretch, text)
+    if re.search(r"([a-z])\1\1", text):
+        text = re.sub(r"\S+", _unstretch, text)
     for pattern, plain in spelling():
         text = pattern.sub(plain, text)
     return text
