@@ -93,7 +93,7 @@ def learn(texts: Sequence[str], gate: Sequence[bool]) -> Any:
     x, y = union.fit_transform([normalise(text) for text in texts]).tocsr(), np.asarray(gate)
     counts = [1 + np.bincount(x[y == side].indices, minlength=x.shape[1]) for side in (True, False)]
     ratios = np.log(counts[0] / counts[0].sum()) - np.log(counts[1] / counts[1].sum())
-    learner = LogisticRegression(C=30.0, class_weight="balanced", max_iter=3000, tol=1e-3)
+    learner = LogisticRegression(C=10.0, class_weight="balanced", max_iter=3000, tol=1e-5)
     learner.fit(x.multiply(ratios).tocsr(), y)
     learner.coef_ *= ratios  # so that it reads what the union gives
     return make_pipeline(union, learner)
