@@ -57,7 +57,7 @@ def test_cases_of_sets_that_the_gate_has_not_read():
         cases += apart
         fired += list(1 / (1 + np.exp(-odds)) >= crisis_hints.THRESHOLD)
     share = by_class(cases, fired)
-    assert share["explicit"] >= 0.83 and share["indirect"] >= 0.60 and share["harmless"] <= 0.10, share
+    assert share["explicit"] >= 0.83 and share["indirect"] >= 0.55 and share["harmless"] <= 0.08, share
 
 
 def test_what_a_hint_was_is_said_in_words_of_the_message():

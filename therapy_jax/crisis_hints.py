@@ -25,9 +25,7 @@ from therapy_jax.crisis_rules import normalise
 # Both chosen where each set of cases was read by a classifier that had learnt from the others: a middle between crises that slip
 # through and harmless messages that are stopped (README has both).
 THRESHOLD = 0.8  # the probability from which a message is met with the answer
-EVIDENCE = (
-    4.0  # what a rule that fires adds to the log-odds: it stands unless the classifier is nearly sure of the contrary
-)
+EVIDENCE = 4.0  # what a rule that fires adds to the log-odds: only a classifier that is nearly sure speaks against it
 LEAST, MOST = 4, 45  # words of the labelled messages
 
 
