@@ -82,13 +82,15 @@ def learn(texts: Sequence[str], gate: Sequence[bool]) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import FeatureUnion, make_pipeline
 
+    by_pairs: Any = pairs  # sklearn's types know names alone
     views = {
         "phrases": TfidfVectorizer(ngram_range=(1, 3), min_df=2, sublinear_tf=True, token_pattern=r"\S+"),
-        "pairs": TfidfVectorizer(analyzer=pairs, min_df=2, sublinear_tf=True),
+        "pairs": TfidfVectorizer(analyzer=by_pairs, min_df=2, sublinear_tf=True),
         "letters": TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True),
     }
     union = FeatureUnion(list(views.items()))
-    x, y = union.fit_transform([normalise(text) for text in texts]).tocsr(), np.asarray(gate)
+    found: Any = union.fit_transform([normalise(text) for text in texts])
+    x, y = found.tocsr(), np.asarray(gate)
     counts = [1 + np.bincount(x[y == side].indices, minlength=x.shape[1]) for side in (True, False)]
     ratios = np.log(counts[0] / counts[0].sum()) - np.log(counts[1] / counts[1].sum())
     learner = LogisticRegression(C=10.0, class_weight="balanced", max_iter=3000, tol=1e-5)
