@@ -75,9 +75,7 @@ def finish(config: Config, *stages: Callable[[Config], None]) -> None:
     done.unlink(missing_ok=True)  # other settings: what the stages write from here on is no longer what it vouched for
     for stage in stages:
         stage(config)
-    report.finish(
-        config, loupe=False
-    )  # an iteration more to compile in each cell; scripts/report.py makes it where it is wanted
+    report.finish(config, loupe=False)  # it would compile an iteration more for each cell; scripts/report.py makes it
     partial = done.with_suffix(".partial")
     partial.write_text(wanted, encoding="utf-8")
     os.replace(partial, done)

@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Eight devices on two cores that are busy with other things wait long for one another; XLA would end the process after 40 s.
-FLAGS = {"xla_force_host_platform_device_count": 8, "xla_cpu_collective_call_terminate_timeout_seconds": 900}
-FLAGS["xla_cpu_collective_timeout_seconds"] = 900
+FLAGS = {
+    "xla_force_host_platform_device_count": 8,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 900,
+    "xla_cpu_collective_timeout_seconds": 900,
+}
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in FLAGS.items() if k not in given)]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

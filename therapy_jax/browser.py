@@ -234,7 +234,7 @@ def serve(config: Config) -> None:
     readable: dict[str, Any] = {"block_info_text_color": "#52525b", "block_info_text_color_dark": "#d4d4d8"}
     readable |= {"input_placeholder_color": "#71717a", "input_placeholder_color_dark": "#a1a1aa"}
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    app.queue(default_concurrency_limit=1)  # one at a time: the models share the processor
+    app.queue()
     _, url, _ = app.launch(
         server_name="127.0.0.1", share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
         run_history=False, footer_links=[], css=CSS, quiet=True, prevent_thread_lock=True,
@@ -285,6 +285,9 @@ def build(gradio: Any, play: Play) -> Any:
 
         outputs = [state, page, emotion]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # One queue for all that changes the conversation. With one each, a message sent while the last one is still being answered
+        # would be overwritten by what that answer ends with, and with it the gate's words.
+        private |= {"concurrency_id": "conversation", "concurrency_limit": 1}
         down = "() => window.scrollTo({top: document.body.scrollHeight, behavior: 'smooth'})"
         for event in (go.click, box.submit):
             event(on_send, [state, box], [*outputs, box], **private).then(None, js=down)

@@ -5,7 +5,7 @@
 
 The ratios say how much more often a phrase stood in a crisis than elsewhere; features scaled by them make the strongest linear
 reader of short texts (Wang & Manning 2012, "Baselines and Bigrams", NB-LR). The cases are the model: crisis_cases.jsonl, {"text",
-"class", "gate", "set"} a line, is learnt from when the first message comes (some seconds); whoever adds a line changes the gate.
+"class", "gate", "set"} a line, is learnt from at the first message, or when a chat starts; whoever adds a line changes the gate.
 What the clients of the built-in sample say stands beside them as ordinary distress. It is linear, so that what it heard can be
 said (`why`), and it knows words, not situations: a hint in words that no case has used is missed.
 """
@@ -22,8 +22,8 @@ import numpy as np
 
 from therapy_jax.crisis_rules import normalise
 
-# Both chosen where each set of cases was read by a classifier that had learnt from the others: a middle between crises that slip
-# through and harmless messages that are stopped (README has both).
+# A middle between crises that slip through and harmless messages that are stopped, where each set of cases was read by a classifier
+# that had learnt from the others, and beside the half that was written apart (README has both tables).
 THRESHOLD = 0.8  # the probability from which a message is met with the answer
 EVIDENCE = 4.0  # what a rule that fires adds to the log-odds: only a classifier that is nearly sure speaks against it
 LEAST, MOST = 4, 45  # words of the labelled messages
