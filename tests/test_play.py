@@ -119,7 +119,7 @@ def test_a_conversation_in_the_browser(driver, server):
 
         page.click("#emotion input")
         page.get_by_role("option", name="disgust" if felt != "disgust" else "joy").click()
-        page.wait_for_selector(".tj-strip", state="hidden")  # all is answered anew
+        page.wait_for_selector(".tj-card[data-model=ppo]", state="detached")  # all is answered anew, base first
         page.wait_for_selector(".tj-card[data-model=ppo][data-done]")
         assert page.input_value("#emotion input") == ("disgust" if felt != "disgust" else "joy")
         assert page.locator(".tj-you").count() == 1 and page.locator(".tj-card").count() == 3
