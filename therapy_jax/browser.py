@@ -212,9 +212,10 @@ def send(play: Play, state: State, text: str) -> Iterator[Step]:
 
 
 def correct(play: Play, state: State, emotion: str) -> Iterator[Step]:
-    """The last message again, with the emotion that the person says it had; not where the gate has answered it."""
+    """The last message again, with the emotion that the person says it had; not where the gate has answered it, nor where it
+    has been answered with that emotion (gradio tells of one choice twice)."""
     said, _ = state
-    if said and said[-1].crisis is None:
+    if said and said[-1].crisis is None and said[-1].emotion != emotion:
         yield from talk(play, state, said[-1].client.text, emotion, again=True)
     else:
         yield step(play, state)
