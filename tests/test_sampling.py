@@ -175,7 +175,7 @@ class Counting:
         self.config = gpt2.GPT2Config(vocab_size=128, n_positions=64, n_embd=128, n_layer=1, n_head=1, eos_token_id=eos)
         self.runs = 0
 
-    def apply(self, variables, tokens, mask, cache, method):
+    def apply(self, variables, tokens, mask, cache, layout, blocks, *, rngs, method):
         jax.debug.callback(lambda: setattr(self, "runs", self.runs + 1))
         return 50.0 * jax.nn.one_hot((tokens + 1) % 128, 128), cache
 
@@ -198,7 +198,9 @@ def test_stops_when_all_have_ended(last, steps, replies, temperature):
     model: Any = Counting(eos=100)
     cfg = SamplingConfig(max_new_tokens=6, temperature=temperature)
     generate = jax.jit(functools.partial(sampling.generate, model=model, cfg=cfg))
-    reply = generate({"wte": jnp.eye(128)}, batching.prompts([[5, last[0]], [last[1]]], 2), jax.random.key(0))
+    reply = generate(
+        {"wte": jnp.eye(128), "blocks": {}}, batching.prompts([[5, last[0]], [last[1]]], 2), jax.random.key(0)
+    )
     jax.effects_barrier()
     assert model.runs == 1 + steps  # the prefill, then one run a token of the longest reply
     tokens, mask = batching.pad(replies, 6, "right")

@@ -35,11 +35,10 @@ class Spec(NamedTuple):
     temperature: float = 1.0
 
 
-def temper(logits: Array, temperature: float) -> Array:
-    """logits / temperature; temperature 0 (greedy) leaves them, since argmax does not care."""
-    if temperature in (0.0, 1.0):
-        return logits
-    return jnp.maximum(logits / temperature, jnp.finfo(jnp.float32).min)  # masked logits stay finite: 0 * -inf is NaN
+def temper(hidden: Array, temperature: float) -> Array:
+    """Hidden states whose logits are those of `hidden` / temperature: the head is linear, and D is smaller than V.
+    Temperature 0 (greedy) leaves them, since argmax does not care."""
+    return hidden if temperature in (0.0, 1.0) else hidden / temperature
 
 
 @jax.custom_vjp
@@ -63,8 +62,10 @@ pick.defvjp(_pick_forward, _pick_backward)
 
 def logprobs_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
     """logits f32[...,V], tokens i32[...] -> log softmax(logits)[token] and -sum p log p, f32[...] nats each."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    return pick(logits, tokens) - log_z, log_z - (jnp.exp(logits - log_z[..., None]) * logits).sum(-1)
+    log_z = jax.nn.logsumexp(logits, axis=-1)  # the same bits whether or not somebody asks for the entropy
+    # The mean logit as a dot product, and not as a sum of products: on a CPU that would take longer than all the rest.
+    mean = jnp.einsum("...v,...v->...", jnp.exp(logits - log_z[..., None]), logits, precision="highest")
+    return pick(logits, tokens) - log_z, log_z - mean
 
 
 def walk(
@@ -90,7 +91,7 @@ def walk(
     count = counted_GN.sum(1, keepdims=True)
 
     def chunk_loss(wte, hidden_ND, valid, tokens, *extra):
-        logits_NV = temper(gpt2.head(spec.config, wte, hidden_ND), spec.temperature)
+        logits_NV = gpt2.head(spec.config, wte, temper(hidden_ND, spec.temperature))
         logprobs, entropy = logprobs_and_entropy(logits_NV, tokens)
         # What is beyond the last counted token is 0 and, for good measure, so is all that its loss could be made of.
         logprobs, entropy, *extra = (jnp.where(valid, x, 0.0) for x in (logprobs, entropy, *extra))

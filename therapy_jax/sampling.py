@@ -144,10 +144,15 @@ class Decoding(NamedTuple):
     reply: Reply
     cache: gpt2.KVCache
     alive: Array  # bool[B], which replies go on
-    logits: Array  # f32[B, V], of the token to come
+    logits: Array  # f32[B, V] / temperature, of the token to come
 
 
-def begin(params: Params, prompt: Prompt, *, model: gpt2.GPT2, cfg: SamplingConfig, times: int = 1) -> Decoding:
+Blocks = tuple[Params, ...]  # of the model, laid out for decoding (gpt2.apart)
+
+
+def begin(
+    params: Params, prompt: Prompt, *, model: gpt2.GPT2, cfg: SamplingConfig, times: int = 1
+) -> tuple[Blocks, Decoding]:
     """The prompts are read, nothing is written yet. Raises ValueError as `generate` does."""
     batch, length = prompt.tokens.shape[0] * times, prompt.tokens.shape[1]
     limit, config = cfg.max_new_tokens, model.config
@@ -160,26 +165,28 @@ def begin(params: Params, prompt: Prompt, *, model: gpt2.GPT2, cfg: SamplingConf
         jnp.zeros((batch, limit), jnp.int32), jnp.zeros((batch, limit), bool), jnp.zeros((batch, limit), jnp.float32)
     )
     empty = constrain(empty, "rows", config.mesh)
-    logits = gpt2.head(config, params["wte"], hidden_BD, few=True)
-    return Decoding(jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits)
+    logits = gpt2.head(config, params["wte"], temper(hidden_BD, cfg.temperature), few=True)
+    blocks, cache = gpt2.apart(config, params["blocks"], cache)
+    return blocks, Decoding(jnp.int32(0), empty, cache, jnp.ones(batch, bool), logits)
 
 
-def advance(params: Params, state: Decoding, row_keys: Array, *, model: gpt2.GPT2, cfg: SamplingConfig) -> Decoding:
+def advance(
+    params: Params, blocks: Blocks, state: Decoding, row_keys: Array, *, model: gpt2.GPT2, cfg: SamplingConfig
+) -> Decoding:
     """One token more for every reply that goes on."""
     step, reply, cache, alive, logits = state
-    tempered = temper(logits, cfg.temperature)
     if cfg.temperature == 0.0:
-        token = likeliest(tempered)
+        token = likeliest(logits)
     else:
         uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
-        token = draw(keep_likely(tempered, cfg.top_k, cfg.top_p), uniform)
+        token = draw(keep_likely(logits, cfg.top_k, cfg.top_p), uniform)
     token = jnp.where(alive, token, 0)
-    logprob = jnp.where(alive, pick(tempered, token) - log_normaliser(tempered), 0.0)
+    logprob = jnp.where(alive, pick(logits, token) - log_normaliser(logits), 0.0)
     reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
     going_on = alive & (token != model.config.eos_token_id)
-    hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, model=model)
+    hidden_B1D, cache = hidden(params, token[:, None], alive[:, None], cache, blocks=blocks, model=model)
     assert cache is not None
-    logits = gpt2.head(model.config, params["wte"], hidden_B1D[:, 0], few=True)
+    logits = gpt2.head(model.config, params["wte"], temper(hidden_B1D[:, 0], cfg.temperature), few=True)
     return Decoding(step + 1, reply, cache, going_on, logits)
 
 
@@ -196,17 +203,19 @@ def generate(
     Stops when every reply has ended, at the latest after cfg.max_new_tokens. P + max_new_tokens must not exceed the
     model's positions (ValueError): beyond them GPT-2 has never learnt anything.
     """
-    # Once, and not for every token again: that would be the whole model over the links for one token of each row.
-    params = gathered(params, model.config.mesh, jnp.dtype(model.config.compute_dtype))
+    # Once, and not for every token again: that would be the whole embedding over the links for one token of each row.
+    own = {name: x for name, x in params.items() if name != "blocks"}  # each block is gathered by who reads it
+    params = {**gathered(own, model.config.mesh), "blocks": params["blocks"]}
     row_keys = keys_of_rows(key, prompt.tokens.shape[0] * times)
 
     def unfinished(state: Decoding):
         return (state.step < cfg.max_new_tokens) & state.alive.any()
 
     def decode(state: Decoding):
-        return advance(params, state, row_keys, model=model, cfg=cfg)
+        return advance(params, blocks, state, row_keys, model=model, cfg=cfg)
 
-    return jax.lax.while_loop(unfinished, decode, begin(params, prompt, model=model, cfg=cfg, times=times)).reply
+    blocks, start = begin(params, prompt, model=model, cfg=cfg, times=times)
+    return jax.lax.while_loop(unfinished, decode, start).reply
 
 
 # jit keeps its programs by function: they stand here by name, so that a second reply does not compile again.
@@ -216,9 +225,9 @@ _advance = jax.jit(advance, static_argnames=("model", "cfg"), donate_argnames="s
 
 def stream(params: Params, prompt: Prompt, key: Array, *, model: gpt2.GPT2, cfg: SamplingConfig) -> Iterator[int]:
     """The tokens that `generate` gives one prompt (N = 1) for the same key, each as soon as it is drawn."""
-    state, row_keys = _begin(params, prompt, model=model, cfg=cfg), keys_of_rows(key, 1)
+    (blocks, state), row_keys = _begin(params, prompt, model=model, cfg=cfg), keys_of_rows(key, 1)
     for step in range(cfg.max_new_tokens):
-        state = _advance(params, state, row_keys, model=model, cfg=cfg)
+        state = _advance(params, blocks, state, row_keys, model=model, cfg=cfg)
         token = int(state.reply.tokens[0, step])
         yield token
         if token == model.config.eos_token_id:

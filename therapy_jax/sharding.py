@@ -44,6 +44,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     # activations
     "rows": (ROWS,),  # [B, ...], and the G parts of a batch that head.py walks side by side
     "cache": (None, ROWS, "tensor"),  # [L, B, H, S, K]
+    "block_cache": (ROWS, "tensor"),  # [B, H, S, K]
     "grads_GVD": (ROWS, "tensor"),  # of wte, one for each of the G parts
 }  # what is not named here is small: layer norms, biases, the value head, the classifiers. Each device has a copy.
 
