@@ -268,6 +268,17 @@ def multiply(size: int, dtype: str) -> float:
     return worker.best_rate(2.0 * size**3, lambda: product(x, x).block_until_ready())
 
 
+def stream(size: int) -> float:
+    """Bytes read and written a second, by adding to `size` bytes in place."""
+    add, x = jax.jit(lambda x: x + 1.0, donate_argnums=0), jnp.zeros(size // 4)
+
+    def step():
+        nonlocal x
+        x = add(x).block_until_ready()
+
+    return worker.best_rate(2.0 * size, step)
+
+
 def make_side() -> worker.Side:
     on_cpu = jax.default_backend() == "cpu"
 
@@ -277,6 +288,7 @@ def make_side() -> worker.Side:
     return worker.Side(
         hello=hello,
         multiply=multiply,
+        stream=stream,
         works={
             "export": export,
             "sft": prepare_sft,

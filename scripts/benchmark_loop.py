@@ -56,6 +56,7 @@ def make_side() -> worker.Side:
     return worker.Side(
         hello=lambda: {"versions": versions, "device": "cpu", "threads": threads},
         multiply=None,
+        stream=None,
         works={"rewards": prepare_rewards},
         synchronise=lambda: None,
         reset_peak=worker.reset_peak,

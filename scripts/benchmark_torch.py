@@ -341,6 +341,7 @@ def make_side() -> worker.Side:
     return worker.Side(
         hello=hello,
         multiply=multiply,
+        stream=None,
         works={
             "sft": prepare_sft,
             "conversations": prepare_conversations,

@@ -4,6 +4,7 @@ Standard library and numpy alone, so that a worker can live in any Python. One J
 
     {"do": "hello"}                       -> versions, device, threads
     {"do": "multiply", "size", "dtype"}   -> {"flops": FLOP/s of a square product, the best of several}
+    {"do": "stream", "size"}              -> {"bytes": read and written a second by adding to that many bytes}
     {"do": "prepare", "work", ...}        -> {"compile_seconds", "agree": path of the .npz that the other side must equal}
     {"do": "run", "times": n}             -> {"seconds": of n runs}
     {"do": "memory"}                      -> {"seconds", "peak_bytes": of one run}
@@ -34,6 +35,7 @@ class Side(NamedTuple):
 
     hello: Callable[[], Json]
     multiply: Callable[[int, str], float] | None  # (size, dtype) -> FLOP/s
+    stream: Callable[[int], float] | None  # bytes -> bytes/s
     works: Mapping[str, Callable[[Json], tuple[Json, Follow]]]  # name -> task -> (answer, what to do in each turn)
     synchronise: Callable[[], None]  # returns once the device has nothing left to do
     reset_peak: Callable[[], None]
@@ -65,6 +67,9 @@ def serve(make_side: Callable[[], Side]) -> None:
         elif question["do"] == "multiply":
             assert side.multiply is not None
             answer({"flops": side.multiply(question["size"], question["dtype"])})
+        elif question["do"] == "stream":
+            assert side.stream is not None
+            answer({"bytes": side.stream(question["size"])})
         else:
             reply, follow = side.works[question["work"]](question)
             answer(reply)

@@ -85,6 +85,9 @@ def main(config: Config) -> None:
             )
         elif name == "retrieval":
             samples[name] = of_turns(baselines.retrieval(train, chosen))
+        elif name == "commonplace":
+            half = metrics.distinct([e.therapist.text for e in chosen], 2) / 2
+            samples[name] = of_turns(baselines.commonplace(train, len(chosen), config.seed, half))
         else:
             samples[name] = of_turns(baselines.random_reply(train, len(chosen), config.seed))
         if name in samples:

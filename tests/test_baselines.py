@@ -75,6 +75,23 @@ def test_constant_of_one_exchange_and_of_none():
             baselines.constant(train)
 
 
+def test_commonplace_is_what_others_say_too_and_as_varied_as_asked():
+    """Of three openings the one that most turns share comes first; how many turns are used follows from the variety."""
+    said = {"how do you": 60, "it is only": 20, "well now then": 4}
+    train = [exchange("q", f"{opening} {opening[0]}{i}") for opening, count in said.items() for i in range(count)]
+    train += nonsense(16) + [exchange("q", "one")] * 10
+    one = baselines.commonplace(train, 12, 0, 0.0)
+    assert len({turn.text for turn in one}) == 1 and one[0].text.startswith("how do you")
+    # k different replies said 12 times in all have 2 + k different word pairs of 36
+    for asked, k in ((0.2, 6), (0.25, 7), (0.38, 12)):
+        found = baselines.commonplace(train, 12, 0, asked)
+        assert len({turn.text for turn in found}) == k and all(turn.text.startswith("how do you") for turn in found)
+    assert metrics.distinct([t.text for t in baselines.commonplace(train, 40, 0, 1.0)], 2) < 1.0, "as varied as can be"
+    assert baselines.commonplace(train, 12, 0, 0.25) == baselines.commonplace(train, 12, 0, 0.25)
+    with pytest.raises(ValueError, match="fewer than two therapist turns"):
+        baselines.commonplace([exchange("q", "one")] * 3, 4, 0, 0.3)
+
+
 def test_majority_emotion():
     train = [exchange("q", "a", label) for label in ("sadness", "joy", "joy", None, None, None)]
     assert baselines.majority_emotion(train) == "joy"
@@ -141,6 +158,13 @@ def row(replies: list[Turn], test: list[Exchange]) -> list[float]:
 def test_retrieval_on_mesc(mesc):
     replies = baselines.retrieval(mesc["train"], mesc["test"])
     assert row(replies, mesc["test"]) == pytest.approx([0.0154, 0.0947, 0.0112, 0.0827, 0.0905], abs=1e-3)
+
+
+def test_commonplace_on_mesc(mesc):
+    """Phrases without listening beat listening without phrases, by word pairs; and they are as varied as we ask."""
+    replies = baselines.commonplace(mesc["train"], 454, 0, 0.34)
+    _, rouge1, rouge2, *_ = row(replies, mesc["test"])
+    assert 0.34 <= metrics.distinct([t.text for t in replies], 2) < 0.36 and rouge2 > 0.0112 and rouge1 > 0.0947
 
 
 def test_random_and_echo_on_mesc(mesc):

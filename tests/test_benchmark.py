@@ -174,16 +174,18 @@ def test_the_baseline_is_written_and_judged_by(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "BASELINE", tmp_path / "data" / "kept.json")
     made_on = {"cpu": "c", "cores": 2, "threads": 2, "commit": "x", "date": "d"}
 
-    def judge(ratio, *flags, best=None):
+    def judge(ratio, *flags, ours=(1.0, 1.0), theirs=None):
         options = benchmark.parse(["--quick", *flags])
-        row = {"name": "a", "ratio": ratio, "spread": (ratio / 2, best or ratio)}
+        row = {"name": "a", "ratio": ratio, "all_seconds": (ours, theirs or (ratio, ratio))}
         return benchmark.judge_quick(options, [row, {"name": "b"}], made_on)
 
     assert judge(0.1)  # nothing kept yet
     assert judge(2.0, "--write_baseline")
     assert json.loads(benchmark.BASELINE.read_text())["ratios"] == {"a": 2.0}
-    assert judge(1.21) and not judge(1.19) and judge(0.9, best=1.21), "noise slows some pairs, not all"
-    assert "best pair 1.19; kept 2.00, 60% of it" in capsys.readouterr().out
+    assert judge(1.21) and not judge(1.19)
+    assert judge(0.9, ours=(1.0, 3.0), theirs=(1.21, 1.3)), "what slowed us once is no change of ours"
+    assert not judge(2.0, ours=(1.0, 1.1), theirs=(1.19, 9.0)), "what slowed them once hides no change of ours"
+    assert "by the least times 1.19; kept 2.00, 60% of it" in capsys.readouterr().out
 
 
 def test_pictures_of_rows_and_of_scaling(tmp_path):

@@ -13,11 +13,16 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
-from sklearn.feature_extraction.text import TfidfVectorizer
+import numpy as np
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
 from therapy_jax.dialogue import Exchange, Turn
-from therapy_jax.metrics import item_scores, mean_scores, words
+from therapy_jax.metrics import distinct, item_scores, mean_scores, words
+
+SAMPLE = 4000  # of train's turns, where it has more: every reply is held against every other
 
 
 def constant(train: Sequence[Exchange], seed: int = 0, candidates: int = 120, references: int = 800) -> dict[str, Turn]:
@@ -63,6 +68,41 @@ def _overlap(reply: str, targets: Sequence[set[str]], alpha: float) -> float:
     """
     said = set(words(reply))
     return sum(len(said & target) / (alpha * len(target) + (1 - alpha) * len(said)) for target in targets)
+
+
+def commonplace(train: Sequence[Exchange], n: int, seed: int, least_distinct: float) -> list[Turn]:
+    """n therapist turns of train that share most word pairs with other therapist turns, whoever they answer: the best that
+    can be said without listening by someone who may not repeat himself.
+
+    Half of train (shuffled; at most SAMPLE turns) is scored against the other half, by the mean F1 of sets of word pairs,
+    as ROUGE-2 is one of counts. The fewest of the best are taken, in turn, whose n replies have a Distinct-2 of at least
+    `least_distinct`; all of them where none have. Same train, n and seed, same answers. Raises ValueError where no two
+    turns of train have word pairs.
+    """
+    chance = random.Random(seed)
+    turns = [x.therapist for x in _some(train) if len(words(x.therapist.text)) > 1]
+    chance.shuffle(turns)
+    half = min(len(turns) // 2, SAMPLE)
+    if not half:
+        raise ValueError("fewer than two therapist turns of train have two words")
+    options: Any = {"analyzer": lambda text: pairwise(words(text)), "binary": True, "dtype": np.float32}
+    pairs: Any = CountVectorizer(**options).fit_transform(turn.text for turn in turns[: 2 * half])
+    sizes = np.asarray(pairs.sum(1))[:, 0]
+    shared = (pairs[:half] @ pairs[half:].T).toarray()
+    fit = (2 * shared / (sizes[:half, None] + sizes[half:])).mean(1)
+    best = list({turns[i].text.lower(): turns[i] for i in np.argsort(-fit, kind="stable")}.values())
+
+    def answers(size: int) -> list[Turn]:
+        return [best[i % size] for i in range(n)]
+
+    few, enough = 1, min(n, len(best))  # Distinct-2 grows with the number, or nearly so: halving finds the fewest
+    while few < enough:
+        middle = (few + enough) // 2
+        varied = distinct([turn.text for turn in answers(middle)], 2) >= least_distinct
+        few, enough = (few, middle) if varied else (middle + 1, enough)
+    found = answers(few)
+    chance.shuffle(found)
+    return found
 
 
 def majority_emotion(train: Sequence[Exchange]) -> str | None:

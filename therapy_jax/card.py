@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
-from therapy_jax.evaluate import ROWS
+from therapy_jax.evaluate import ROWS, TRIVIAL
 from therapy_jax.gpt2 import GPT2Config
 
 TAGS = "tags: [gpt2, therapy_jax, research-demo]"  # by this line a card of ours is known
@@ -137,10 +137,10 @@ def figures(record: Record, stage: str) -> str:
             cells = [systems[name].get(key) for name in order]
             rows.append([escape(label), *("" if cell is None else f"{cell:.{digits}f}" for cell in cells)])
     decoding = ", ".join(f"{escape(k)} {v:g}" for k, v in results.get("decoding", {}).items())
+    trivial = "".join(f"`{name}` is {what}. " for name, what in TRIVIAL.items() if name in systems)
     parts = [
         f"{data['n']} exchanges of the {escape(data['split'])} split (format {escape(data['name'])}, sha256 of the data "
-        f"`{re.sub('[^0-9a-f]', '', data['sha256'])[:16]}`). `constant` is the best single answer to everybody, `retrieval` "
-        f"the reply to the most similar training prompt, `random` any training reply. Decoding: {decoding}.",
+        f"`{re.sub('[^0-9a-f]', '', data['sha256'])[:16]}`). {trivial}Decoding: {decoding}.",
         table(rows),
     ]
     if (majority := results.get("emotion_majority_accuracy")) is not None:

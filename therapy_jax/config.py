@@ -389,10 +389,10 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    systems: list[Literal["base", "sft", "ppo", "constant", "retrieval", "random"]] = field(
+    systems: list[Literal["base", "sft", "ppo", "constant", "commonplace", "retrieval", "random"]] = field(
         default_factory=lambda: ["base", "sft", "ppo", "constant", "retrieval", "random"]
     )
-    """What stands in the table; constant, retrieval and random are the trivial answers that keep it honest."""
+    """What stands in the table; constant, commonplace, retrieval and random are the trivial answers that keep it honest."""
     split: Literal["train", "validation", "test"] = "test"
     """Which exchanges are answered."""
     limit: int | None = None

@@ -39,6 +39,12 @@ PAPER = {  # arXiv 2511.11884; tokenisation and BLEU order are not stated there
 }
 
 
+TRIVIAL = {  # what a trivial answer wins is what a metric is worth
+    "constant": "the best single answer of train, another for each metric",
+    "commonplace": "the answers of train that share most phrases with all others, as few as are half as varied as therapists are",
+    "retrieval": "the answer to the nearest client of train",
+    "random": "any answer of train",
+}
 WITHOUT_REFERENCE = ("distinct1", "distinct2", "commonest_share", "reply_words", "reply_perplexity")
 
 

@@ -148,13 +148,10 @@ def systems(results: Mapping[str, Any]) -> str:
         for pair, by in results["comparisons"].items()
     ]  # fmt: skip
     more = f"<details><summary>Differences, with 95 % intervals of a paired bootstrap</summary><ul>{''.join(compared)}</ul></details>"
-    constant, retrieval = (
-        "constant: the best single answer of train, another for each metric",
-        "retrieval: the answer to the nearest client of train",
-    )
+    trivial = "; ".join(f"{name}: {what}" for name, what in evaluate.TRIVIAL.items() if name in results["systems"])
     return section(
         "Systems",
-        f"<p>{esc(above)}. What a trivial answer wins is what a metric is worth: {constant}; {retrieval}; random: any answer of train.</p>"
+        f"<p>{esc(above)}. What a trivial answer wins is what a metric is worth: {trivial or 'none was asked'}.</p>"
         + table(rows)
         + f"<p class=quiet>{esc(below)}. {esc(results['signature'])}</p>"
         + (more if compared else ""),
