@@ -77,7 +77,7 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far; slots from `index` on are free."""
 
     k: Any  # [L, B, H, S, K] compute_dtype; `apart`: a tuple of L arrays [B, H, S, K]
-    v: Any
+    v: Any  # the same
     mask: Array  # bool[B, S], True = a real token sits here
     index: Array  # i32[], slots used
 
