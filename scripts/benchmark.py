@@ -515,7 +515,7 @@ def judge_quick(options: argparse.Namespace, results: Sequence[Mapping[str, Any]
     if options.write_baseline:
         BASELINE.parent.mkdir(parents=True, exist_ok=True)
         where = {name: made_on[name] for name in ("cpu", "cores", "threads", "commit", "date")}
-        kept = {r["name"]: round(r["ratio"], 3) for r in results if "ratio" in r}
+        kept = {name: round(ratio, 3) for name, ratio in now.items()}
         files.write_json(BASELINE, {"made_on": where, "ratios": kept})
         console.print(f"kept in {BASELINE.relative_to(ROOT)}")
         return True
