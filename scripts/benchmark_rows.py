@@ -27,17 +27,18 @@ class Shapes(NamedTuple):
     generate: tuple[int, int, int]  # B, P, R
     ppo: tuple[int, int, int, int, int]  # B, P, R, epochs, minibatches
     memory: tuple[int, int]  # B, T
+    long: tuple[int, int]  # B, T of an SFT step that fills a GPU
     rewards: tuple[int, int] = (256, 64)  # replies, words at most
 
 
 SIZES = {"nano": Size(4, 128, 4), "gpt2": Size(12, 768, 12)}
 SHAPES = {
-    "nano": Shapes(sft=(16, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512)),
-    "gpt2": Shapes(sft=(8, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512)),
+    "nano": Shapes(sft=(16, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512), long=(32, 1024)),
+    "gpt2": Shapes(sft=(8, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512), long=(32, 1024)),
 }
-QUICK_SHAPES = Shapes(sft=(8, 64), generate=(8, 32, 32), ppo=(8, 32, 16, 2, 2), memory=(4, 128))
+QUICK_SHAPES = Shapes(sft=(8, 64), generate=(8, 32, 32), ppo=(8, 32, 16, 2, 2), memory=(4, 128), long=(4, 128))
 TINY = Size(2, 64, 2, 1000), Shapes(  # --sizes tiny: every model is this one, to try the whole thing in a minute
-    sft=(4, 32), generate=(4, 8, 8), ppo=(8, 8, 8, 2, 2), memory=(4, 32), rewards=(16, 12)
+    sft=(4, 32), generate=(4, 8, 8), ppo=(8, 8, 8, 2, 2), memory=(4, 32), long=(4, 64), rewards=(16, 12)
 )  # fmt: skip
 
 
@@ -97,6 +98,17 @@ def make_rows(
                         check=f"sft {model} {dtype} {how}", useful=useful, flops=(flops, flops), **torch,
                     )
                 )  # fmt: skip
+        if "long" in what:
+            b, t = shape.long
+            flops = training_flops(size, b, t)
+            rows.append(
+                Row(
+                    f"sft {model} {b}x{t}, bfloat16 against torch autocast, compiled", work="sft", ours="jax bfloat16",
+                    peer="torch autocast, compiled", ours_task={}, peer_task={"compile": True},
+                    task={"batch": "long", "hyper": HYPER_SFT, "steps": 3, "dtype": "bfloat16"},
+                    check=f"long {model}", useful=b * (t - 1), flops=(flops, flops), **torch,
+                )
+            )  # fmt: skip
         if "conversations" in what:
             c = counts[model]
             ours, theirs = (
@@ -167,8 +179,8 @@ def make_rows(
 def make_batch(name: str, size: Size, shape: Shapes) -> dict[str, np.ndarray]:
     """Random, from a fixed seed: what both sides read."""
     random = np.random.default_rng(0)
-    if name in ("sft", "memory"):
-        tokens = random.integers(0, size.vocabulary, shape.sft if name == "sft" else shape.memory).astype(np.int32)
+    if name in ("sft", "memory", "long"):
+        tokens = random.integers(0, size.vocabulary, getattr(shape, name)).astype(np.int32)
         mask = np.ones(tokens.shape, bool)
         loss_mask = mask.copy()
         loss_mask[:, 0] = False  # as batching.unsupervised: nothing comes before the first

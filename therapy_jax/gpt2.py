@@ -147,12 +147,35 @@ def attention(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible_BTS: Array, r
     return (mixed_BHTK / sums_BHT1).astype(v_BHSK.dtype)
 
 
+def fused_attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array) -> Array:
+    """`attention` of a row with itself by cuDNN's kernel (FlashAttention, Dao 2023), which never writes the scores: bfloat16 on
+    a GPU, no dropout. Nobody sees what comes later in the row, so that half of the work is skipped."""
+    q_BTHK, k_BTHK, v_BTHK = (x.swapaxes(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
+    mixed_BTHK = jax.nn.dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, mask=visible_BTT[:, None], is_causal=True, implementation="cudnn"
+    )
+    return mixed_BTHK.swapaxes(1, 2)
+
+
+def can_fuse(config: GPT2Config, length: int, dropout: bool) -> bool:
+    """Whether `fused_attention` is to be had for rows of this length: what cuDNN asks for, on one device."""
+    sizes = config.n_embd // config.n_head % 8 == 0 and config.n_embd // config.n_head <= 128 and length % 2 == 0
+    one = config.mesh is None or config.mesh.size == 1
+    return jax.default_backend() == "gpu" and config.compute_dtype == "bfloat16" and sizes and one and not dropout
+
+
 def visible(layout: Layout) -> Array:
     """Which tokens s a token t may see in rows of several stretches, beside the order in the row: bool[B,T,S]."""
     _, stretch, parent, start = (jnp.asarray(x)[:, :, None] for x in layout)
     other_stretch, other_position = (jnp.asarray(x)[:, None, :] for x in (layout.stretch, layout.position))
     own = (other_stretch == stretch) & (stretch >= 0)
     return own | ((other_stretch == parent) & (parent >= 0) & (other_position < start))
+
+
+def saved(primitive, *args, **params) -> bool:
+    """What a backward pass finds of a block: the results of the products with parameters, and of cuDNN's attention."""
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "dot_product_attention_fwd_wrapper" or bool(products(primitive, *args, **params))
 
 
 def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None) -> Array:
@@ -253,6 +276,8 @@ class GPT2(nn.Module):
                     old_new = zip(kv, (k_BHTK, v_BHTK), strict=True)
                     kv = tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0)) for old, new in old_new)
                     k_BHTK, v_BHTK = kv
+                elif can_fuse(c, length, dropout=key is not None):
+                    return fused_attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS)
                 return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
 
             return constrain(block(c, p, x_BTD, attend, block_key), "rows", c.mesh), kv
@@ -262,8 +287,7 @@ class GPT2(nn.Module):
             # Of each block a backward pass finds what the products with parameters gave, and makes the rest anew, which is cheaper
             # than to keep it: normed inputs, activations, attention, and under fsdp the gathered parameters. A step of 124M
             # parameters on 8 x 512 tokens needs 2.3 GB beside its state, not 4.0 and more, and is no slower.
-            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            step = jax.checkpoint(step, policy=None if c.remat else products, prevent_cse=False)
+            step = jax.checkpoint(step, policy=None if c.remat else saved, prevent_cse=False)
             x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, numbers, None))
         elif blocks is not None:
             kvs = []
@@ -301,6 +325,26 @@ def hidden(
     return found
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(hidden: Array, wte: Array, dtype: Any) -> Array:
+    """hidden f32[...,D] @ wte.T, f32[V,D], as a product in `dtype` -> f32[...,V]. What comes back for the logits is rounded to
+    `dtype`, too: left in float32, it would make float32 products of two thirds of the head's work."""
+    return jnp.einsum("...d,vd->...v", hidden.astype(dtype), wte.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _project_forward(hidden, wte, dtype):
+    return project(hidden, wte, dtype), (hidden, wte)
+
+
+def _project_backward(dtype, residual, g):
+    hidden, wte, g = (x.astype(dtype) for x in (*residual, g))
+    to_hidden = jnp.einsum("...v,vd->...d", g, wte, preferred_element_type=jnp.float32)
+    return to_hidden, jnp.einsum("...v,...d->vd", g, hidden, preferred_element_type=jnp.float32)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Array:
     """hidden [..., D] -> logits f32[..., padded vocabulary], the spare rows at the float minimum.
 
@@ -308,13 +352,11 @@ def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Ar
     left (1.7 times at D = 768, not at 128).
     """
     dtype = jnp.dtype(config.compute_dtype)
-    wte, hidden = wte.astype(dtype), hidden.astype(dtype)
     if few and hidden.shape[-1] >= 512:  # the barrier keeps XLA from turning it back
-        logits = jax.lax.optimization_barrier(
-            jnp.einsum("vd,bd->vb", wte, hidden, preferred_element_type=jnp.float32)
-        ).T
+        few_VB = jnp.einsum("vd,bd->vb", wte.astype(dtype), hidden.astype(dtype), preferred_element_type=jnp.float32)
+        logits = jax.lax.optimization_barrier(few_VB).T
     else:
-        logits = jnp.einsum("...d,vd->...v", hidden, wte, preferred_element_type=jnp.float32)
+        logits = project(hidden, wte, dtype)
     if config.padded_vocab_size == config.vocab_size:
         return logits
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)

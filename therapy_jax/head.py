@@ -2,7 +2,7 @@
 
 With a vocabulary of 50,257, logits [B,T,V] are the largest array of a training step, and most of them are of no use: only
 supervised tokens count, about one in seven of a dialogue's. So the positions that count are lined up, and walked in chunks
-of CHUNK. The loss goes in with them: it is a sum over tokens of a function of their log-prob, so that the same walk can
+of `chunk_size()`. The loss goes in with them: it is a sum over tokens of a function of their log-prob, so that the same walk can
 take its gradient while a chunk's logits are at hand (three matrix products in all; to compute them again in a backward
 pass would be a fourth).
 
@@ -24,7 +24,10 @@ from therapy_jax import gpt2
 from therapy_jax.gpt2 import Array
 from therapy_jax.sharding import constrain, gathered, row_shards
 
-CHUNK = 512  # tokens whose logits exist at a time: enough for a matrix product to run at full speed
+# Tokens whose logits exist at a time: enough for a matrix product to run at full speed. A GPU's products are so fast that it is
+# the sum of wte's gradients, one more V x D array a chunk, that has to be rare.
+CHUNK = 512
+GPU_CHUNK = 8192
 
 
 class Spec(NamedTuple):
@@ -33,6 +36,10 @@ class Spec(NamedTuple):
     config: gpt2.GPT2Config
     token_loss: Callable[..., Array] | None = None  # (logprobs, entropy, *extra) -> loss of each token; None = no loss
     temperature: float = 1.0
+
+
+def chunk_size() -> int:
+    return GPU_CHUNK if jax.default_backend() == "gpu" else CHUNK
 
 
 def temper(hidden: Array, temperature: float) -> Array:
@@ -84,7 +91,7 @@ def walk(
 
     hidden_GND, counted_GN = split(hidden), split(counted)
     values = jax.tree.map(split, (tokens, *extra))
-    size = min(CHUNK, rows)
+    size = min(chunk_size(), rows)
     steps = -(-rows // size)
     order = jnp.argsort(~counted_GN, axis=1, stable=True)  # the positions that count come first
     order = jnp.pad(order, ((0, 0), (0, steps * size - rows)))
