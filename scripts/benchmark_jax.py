@@ -24,7 +24,7 @@ import optax
 from safetensors.numpy import load_file
 
 from therapy_jax import gpt2, ppo, sft, weights
-from therapy_jax.batching import Batch, Prompt
+from therapy_jax.batching import Batch, Prompt, without_mask
 from therapy_jax.config import PPOConfig, SamplingConfig, TrainingConfig
 from therapy_jax.gpt2 import Params
 from therapy_jax.rewards import overlap
@@ -82,7 +82,7 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
     parts: dict[str, Any] = {name: arrays[name] for name in names}
-    batch: Batch = jax.device_put(Batch(**parts))
+    batch: Batch = jax.device_put(without_mask(Batch(**parts)))
     key = jax.random.key(0)
     agree: dict[str, Any] = {}
     if task["check"]:

@@ -245,12 +245,13 @@ def fit(
 
     def validate(params: Any) -> float:
         sums = [
-            loss_program(params, sharding.split_batch(mesh, jax.tree.map(lambda x: x[mine], batch)))
-            for batch in validation[:BATCHES_PER_VALIDATION]
+            loss_program(params, sharding.split_batch(mesh, batching.without_mask(batch)))
+            for batch in (jax.tree.map(lambda x: x[mine], whole) for whole in validation[:BATCHES_PER_VALIDATION])
         ]
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 
     def ids(batch: Batch) -> dict[str, list[list[int]]]:
+        assert batch.attention_mask is not None
         return {"tokens": [row[kept].tolist() for row, kept in zip(batch.tokens, batch.attention_mask, strict=True)]}
 
     def is_evaluated(step: int) -> bool:
@@ -267,7 +268,8 @@ def fit(
         if unlogged is not None and done not in lines:
             complete(done, unlogged)
         for step in range(done, steps):
-            state, metrics = step_program(state, sharding.split_batch(mesh, batch_of(step, mine)), key)
+            batch = sharding.split_batch(mesh, batching.without_mask(batch_of(step, mine)))
+            state, metrics = step_program(state, batch, key)
             finished, line = step + 1, None
             if finished % training.log_every == 0 or finished == 1 or is_evaluated(finished):
                 line = {"epoch": finished / per_epoch, **jax.device_get(metrics)}

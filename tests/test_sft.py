@@ -88,6 +88,22 @@ def test_what_padding_holds_changes_nothing(params):
     close(other_grads, grads, 1e-6)
 
 
+def test_a_batch_padded_on_the_right_needs_no_mask(params):
+    """Its loss and gradients are those of the mask; a batch padded elsewhere keeps its mask, and would be another one without."""
+    b = batch()
+    bare = batching.without_mask(b)
+    assert bare.attention_mask is None and b.attention_mask is not None
+    ((loss, tokens), grads), ((with_mask, count), oracle) = loss_and_grads(params, bare), loss_and_grads(params, b)
+    assert float(loss) == pytest.approx(float(with_mask), rel=1e-5) and tokens == count
+    close(grads, oracle, 1e-5)
+
+    turned = jax.tree.map(lambda x: x[:, ::-1], b)
+    assert batching.without_mask(turned) is turned
+    (wrong, _), _ = loss_and_grads(params, turned._replace(attention_mask=None))
+    (right, _), _ = loss_and_grads(params, turned)
+    assert abs(float(wrong) / float(right) - 1) > 1e-3
+
+
 def test_unsupervised_batch(params):
     blocks = np.random.default_rng(0).integers(0, 130, (4, 20)).astype(np.int32)
     b = batching.unsupervised(blocks)

@@ -30,6 +30,8 @@ from therapy_jax.sharding import constrain, gathered
 Params = Any  # a nested dict of arrays
 Array = jax.Array
 
+MOST_UNROLLED = 24  # blocks of which a program may hold copies: of more, compiling would take minutes
+
 ACTIVATIONS = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's: the tanh approximation
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -116,6 +118,11 @@ def apart(config: GPT2Config, blocks: Params, cache: KVCache) -> tuple[tuple[Par
     return tuple(map(take, numbers)), cache._replace(k=k, v=v)
 
 
+def on_gpu() -> bool:
+    """The same mathematics, in the form that is fastest there; asked while a program is traced."""
+    return jax.default_backend() == "gpu"
+
+
 def layer_norm(x: Array, params: Params, epsilon: float) -> Array:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32."""
     x = x.astype(jnp.float32)
@@ -147,12 +154,18 @@ def attention(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible_BTS: Array, r
     return (mixed_BHTK / sums_BHT1).astype(v_BHSK.dtype)
 
 
-def fused_attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array) -> Array:
+def fused_attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array | None) -> Array:
     """`attention` of a row with itself by cuDNN's kernel (FlashAttention, Dao 2023), which never writes the scores: bfloat16 on
-    a GPU, no dropout. Nobody sees what comes later in the row, so that half of the work is skipped."""
+    a GPU, no dropout. Nobody sees what comes later in the row, so that half of the work is skipped; without `visible_BTT`
+    nothing else is hidden, which takes half the time again."""
     q_BTHK, k_BTHK, v_BTHK = (x.swapaxes(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
     mixed_BTHK = jax.nn.dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, mask=visible_BTT[:, None], is_causal=True, implementation="cudnn"
+        q_BTHK,
+        k_BTHK,
+        v_BTHK,
+        mask=None if visible_BTT is None else visible_BTT[:, None],
+        is_causal=True,
+        implementation="cudnn",
     )
     return mixed_BTHK.swapaxes(1, 2)
 
@@ -161,7 +174,7 @@ def can_fuse(config: GPT2Config, length: int, dropout: bool) -> bool:
     """Whether `fused_attention` is to be had for rows of this length: what cuDNN asks for, on one device."""
     sizes = config.n_embd // config.n_head % 8 == 0 and config.n_embd // config.n_head <= 128 and length % 2 == 0
     one = config.mesh is None or config.mesh.size == 1
-    return jax.default_backend() == "gpu" and config.compute_dtype == "bfloat16" and sizes and one and not dropout
+    return on_gpu() and config.compute_dtype == "bfloat16" and sizes and one and not dropout
 
 
 def visible(layout: Layout) -> Array:
@@ -184,10 +197,16 @@ def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None
     keys = (None, None) if key is None else jax.random.split(key)
 
     h_BTD = layer_norm(x_BTD, p["ln_1"], config.layer_norm_epsilon).astype(dtype)
-    # The axes stay in the order of the matrix product: asked for another one, XLA on CPU takes a product twice as slow.
-    qkv_BTCHK = jnp.einsum("btd,dchk->btchk", h_BTD, p["c_attn"]["kernel"].astype(dtype))
-    qkv_BTCHK += p["c_attn"]["bias"].astype(dtype)
-    q_BHTK, k_BHTK, v_BHTK = jnp.moveaxis(qkv_BTCHK, (2, 3), (0, 2))
+    kernel_DCHK, bias_CHK = p["c_attn"]["kernel"].astype(dtype), p["c_attn"]["bias"].astype(dtype)
+    if (
+        on_gpu() and x_BTD.shape[1] > 1
+    ):  # what one product gives would be cut in three, and put together for the backward pass
+        qkv = (jnp.einsum("btd,dhk->bthk", h_BTD, kernel_DCHK[:, i]) + bias_CHK[i] for i in range(3))
+        q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in qkv)
+    else:
+        # The axes stay in the order of the matrix product: asked for another one, XLA on CPU takes a product twice as slow.
+        qkv_BTCHK = jnp.einsum("btd,dchk->btchk", h_BTD, kernel_DCHK) + bias_CHK
+        q_BHTK, k_BHTK, v_BHTK = jnp.moveaxis(qkv_BTCHK, (2, 3), (0, 2))
     mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK)
     out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, p["attn_proj"]["kernel"].astype(dtype)) + p["attn_proj"][
         "bias"
@@ -237,7 +256,7 @@ class GPT2(nn.Module):
     def hidden(
         self,
         tokens: Array,
-        attention_mask: Array,
+        attention_mask: Array | None,
         cache: KVCache | None = None,
         layout: Layout | None = None,
         blocks: tuple[Params, ...] | None = None,
@@ -246,12 +265,19 @@ class GPT2(nn.Module):
 
         tokens i32[B,T], attention_mask bool[B,T] (True = a real token; padding may stand left or right), cache: the tokens
         before these, if any -> f32[B,T,D] and the cache with these tokens added. Positions count real tokens only, so
-        padding never moves them; with a layout (and no cache) they, and who sees whom, are as it says. blocks: read instead of
+        padding never moves them; with a layout (and no cache) they, and who sees whom, are as it says. attention_mask None (and no
+        cache): what padding there is stands on the right, where no real token sees it. blocks: read instead of
         those in the parameters; they and the cache are `apart`. Dropout is on where apply() is given rngs={"dropout": key}.
         """
         c = self.config
-        before = 0 if cache is None else cache.mask.sum(-1, keepdims=True)
-        positions = before + jnp.cumsum(attention_mask, -1) - 1 if layout is None else layout.position
+        length = tokens.shape[1]
+        if layout is not None:
+            positions = layout.position
+        elif attention_mask is None:
+            positions = jnp.arange(length)[None]
+        else:
+            before = 0 if cache is None else cache.mask.sum(-1, keepdims=True)
+            positions = before + jnp.cumsum(attention_mask, -1) - 1
         positions = jnp.clip(positions, 0, c.n_positions - 1)
         noisy = self.has_rng("dropout") and c.dropout > 0
         embedding_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
@@ -259,11 +285,17 @@ class GPT2(nn.Module):
         x_BTD = dropout(own["wte"][tokens] + own["wpe"][positions], c.dropout, embedding_key)
         x_BTD = constrain(x_BTD, "rows", c.mesh)
 
-        length = tokens.shape[1]
-        start = jnp.int32(0) if cache is None else cache.index
-        seen = attention_mask if cache is None else jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
-        causal_TS = jnp.arange(seen.shape[1]) <= start + jnp.arange(length)[:, None]
-        visible_BTS = causal_TS & (seen[:, None, :] if layout is None else visible(layout))
+        start, seen, slots = jnp.int32(0), attention_mask, length
+        if cache is not None:
+            assert attention_mask is not None
+            start, slots = cache.index, cache.mask.shape[1]
+            seen = jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
+        visible_BTS = (jnp.arange(slots) <= start + jnp.arange(length)[:, None])[None]
+        causal_only = layout is None and seen is None
+        if layout is not None:
+            visible_BTS &= visible(layout)
+        elif seen is not None:
+            visible_BTS &= seen[:, None, :]
 
         def step(x_BTD, layer):
             p, i, kv = layer
@@ -277,7 +309,7 @@ class GPT2(nn.Module):
                     kv = tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0)) for old, new in old_new)
                     k_BHTK, v_BHTK = kv
                 elif can_fuse(c, length, dropout=key is not None):
-                    return fused_attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS)
+                    return fused_attention(q_BHTK, k_BHTK, v_BHTK, None if causal_only else visible_BTS)
                 return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
 
             return constrain(block(c, p, x_BTD, attend, block_key), "rows", c.mesh), kv
@@ -288,17 +320,19 @@ class GPT2(nn.Module):
             # than to keep it: normed inputs, activations, attention, and under fsdp the gathered parameters. A step of 124M
             # parameters on 8 x 512 tokens needs 2.3 GB beside its state, not 4.0 and more, and is no slower.
             step = jax.checkpoint(step, policy=None if c.remat else saved, prevent_cse=False)
-            x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, numbers, None))
+            # A GPU writes the blocks out one after the other: what a loop keeps for the backward pass it copies into stacks.
+            unroll = c.n_layer if on_gpu() and c.n_layer <= MOST_UNROLLED else 1
+            x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, numbers, None), unroll=unroll)
         elif blocks is not None:
             kvs = []
             for i, (p, *kv) in enumerate(zip(blocks, cache.k, cache.v, strict=True)):
                 x_BTD, kv = step(x_BTD, (p, i, kv))
                 kvs.append(kv)
             k, v = zip(*kvs, strict=True)
-            cache = KVCache(k, v, seen, start + length)
+            cache = cache._replace(k=k, v=v, mask=seen, index=start + length)
         else:
             x_BTD, (k, v) = jax.lax.scan(step, x_BTD, (self.blocks, numbers, (cache.k, cache.v)))
-            cache = KVCache(k, v, seen, start + length)
+            cache = cache._replace(k=k, v=v, mask=seen, index=start + length)
         return layer_norm(x_BTD, self.ln_f, c.layer_norm_epsilon), cache
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
@@ -309,7 +343,7 @@ class GPT2(nn.Module):
 def hidden(
     params: Params,
     tokens: Array | np.ndarray,
-    attention_mask: Array | np.ndarray,
+    attention_mask: Array | np.ndarray | None,
     cache: KVCache | None = None,
     layout: Layout | None = None,
     key: Array | None = None,  # of the dropout; None = no dropout
@@ -356,7 +390,7 @@ def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Ar
         few_VB = jnp.einsum("vd,bd->vb", wte.astype(dtype), hidden.astype(dtype), preferred_element_type=jnp.float32)
         logits = jax.lax.optimization_barrier(few_VB).T
     else:
-        logits = project(hidden, wte, dtype)
+        logits = jnp.asarray(project(hidden, wte, dtype))
     if config.padded_vocab_size == config.vocab_size:
         return logits
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)

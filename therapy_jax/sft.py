@@ -91,8 +91,7 @@ def negative(logprobs: Array, entropy: Array) -> Array:
 def sft_logprobs(params: Params, batch: Batch, key: Array | None, *, model: gpt2.GPT2) -> tuple[Array, Array, Array]:
     """-> (loss, as sft_loss gives it; log-probs of the supervised tokens f32[B,T], each where its token is predicted, and
     which those are, bool[B,T]). Without a key there is no dropout."""
-    tokens, mask, layout = batch.tokens, batch.attention_mask, batch.layout
-    hidden_BTD, _ = hidden(params, tokens, mask, layout=layout, key=key, model=model)
+    hidden_BTD, _ = hidden(params, batch.tokens, batch.attention_mask, layout=batch.layout, key=key, model=model)
     targets, counted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.loss_mask))
     loss, logprobs, _ = head_loss(Spec(model.config, negative), params["wte"], hidden_BTD, targets, counted)
     return loss, logprobs, counted
@@ -116,31 +115,36 @@ def sft_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch (arrays of [B, T]; B a multiple of cfg.accumulate).
 
-    With accumulate > 1 the batch is walked in equal parts, one after the other: sums of losses and gradients are carried,
-    and divided by the tokens of the whole batch at the end, so that the step equals that of the undivided batch (without
-    dropout, exactly but for rounding). Where the loss or a gradient is NaN or infinite, parameters and moments stay as they
+    With accumulate > 1 the batch is walked in equal parts, one after the other: each part's loss is divided by the tokens of the
+    whole batch, and losses and gradients are summed, so that the step equals that of the undivided batch (without dropout,
+    exactly but for rounding). Where the loss or a gradient is NaN or infinite, parameters and moments stay as they
     are, and the step is counted. Metrics: loss (nats per supervised token), tokens, grad_norm (before clipping), bad_updates
     (in all), bad_in_a_row.
     """
     key = jax.random.fold_in(key, state.step)
-    # Part i is every accumulate-th row from i on: so each device has its share of every part.
-    parts = jax.tree.map(lambda x: x.reshape(-1, cfg.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    value_and_grad = jax.value_and_grad(sft_loss, has_aux=True)
+    tokens = jnp.maximum(batch.loss_mask[:, 1:].sum().astype(jnp.float32), 1.0)  # of the whole batch
+
+    @jax.value_and_grad
+    def value_and_grad(params, part, part_key):
+        return sft_loss(params, part, part_key, model=model)[0] / tokens
 
     def add_part(carry, part):
         i, batch_part = part
-        (loss, tokens), grads = value_and_grad(state.params, batch_part, jax.random.fold_in(key, i), model=model)
-        return jax.tree.map(jnp.add, carry, (loss, tokens, grads)), None
+        more: Any = value_and_grad(state.params, batch_part, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, carry, more), None
 
-    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-    (loss, tokens, grads), _ = jax.lax.scan(add_part, zeros, (jnp.arange(cfg.accumulate), parts))
-    tokens = jnp.maximum(tokens, 1.0)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
+    if cfg.accumulate == 1:
+        loss, grads = value_and_grad(state.params, batch, jax.random.fold_in(key, 0))
+    else:
+        # Part i is every accumulate-th row from i on: so each device has its share of every part.
+        parts = jax.tree.map(lambda x: x.reshape(-1, cfg.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, grads), _ = jax.lax.scan(add_part, zeros, (jnp.arange(cfg.accumulate), parts))
 
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     params, opt_state = update_if(good, tx.update, grads, state.params, state.opt_state)
     bad_updates = count_bad(state.bad_updates, good)
-    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": grad_norm}
+    metrics = {"loss": loss, "tokens": tokens, "grad_norm": grad_norm}
     metrics |= {"bad_in_a_row": bad_updates[0], "bad_updates": bad_updates[1]}
     return TrainState(params, opt_state, state.step + 1, bad_updates), metrics
