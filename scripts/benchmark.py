@@ -260,14 +260,31 @@ def measure(row: Row, settings: Settings, known: dict[str, list[Check]], timed: 
     }
 
 
-def measure_peak(settings: Settings, size: int) -> dict[str, float]:
-    """{dtype: FLOP/s} of a large square product: the higher of what jax and torch reach, each alone."""
-    best: dict[str, float] = {}
-    for script in ("benchmark_jax.py", "benchmark_torch.py"):
+class Machine(NamedTuple):
+    """What the workers say of themselves, and what the machine can do at best."""
+
+    workers: dict[str, Any]  # by script
+    peak: dict[
+        str, float
+    ]  # {dtype: FLOP/s} of a large square product: the higher of what jax and torch reach, each alone
+    bytes_per_second: float | None  # read and written
+
+
+def ask_machine(settings: Settings, scripts: Sequence[str], measured: bool, tiny: bool) -> Machine:
+    workers: dict[str, Any] = {}
+    peak: dict[str, float] = {}
+    streamed = None
+    for script in scripts:
         with settings.worker(script) as ask:
+            workers[script] = ask({"do": "hello"})
+            if not measured or script == "benchmark_loop.py":
+                continue
+            size = 256 if tiny else 2048 if workers[script]["device"] == "cpu" else 8192
             for dtype in ("float32", "bfloat16"):
-                best[dtype] = max(best.get(dtype, 0.0), ask({"do": "multiply", "size": size, "dtype": dtype})["flops"])
-    return best
+                peak[dtype] = max(peak.get(dtype, 0.0), ask({"do": "multiply", "size": size, "dtype": dtype})["flops"])
+            if script == "benchmark_jax.py":
+                streamed = ask({"do": "stream", "size": 2**22 if tiny else 2**29})["bytes"]
+    return Machine(workers, peak, streamed)
 
 
 def measure_startup(settings: Settings) -> dict[str, Any]:
@@ -457,14 +474,16 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
         for name in models:
             path, words = folder / f"{name}.conversations.npz", sizes[name].vocabulary
             counts[name] = benchmark_conversations.write(path, options.conversations, options.tokenizer, words)
-    rows = make_rows([w for w in what if w != "ppo"], models, sizes, shapes, options.quick, counts)
-    rows += make_rows(["ppo"] if "ppo" in what else [], ppo_models, sizes, shapes, options.quick)
-    rows = [row for row in rows if options.only in row.name]
+    rows = [
+        row
+        for work in what
+        for row in make_rows([work], ppo_models if work == "ppo" else models, sizes, shapes, options.quick, counts)
+        if options.only in row.name
+    ]
 
-    workers: dict[str, Any] = {}
-    for script in dict.fromkeys(["benchmark_jax.py", *(row.script for row in rows)]):
-        with settings.worker(script) as ask:
-            workers[script] = ask({"do": "hello"})
+    scripts = list(dict.fromkeys(["benchmark_jax.py", *(row.script for row in rows)]))
+    measured = timed and "benchmark_torch.py" in scripts
+    workers, peak, streamed = ask_machine(settings, scripts, measured, tiny=bool(options.sizes))
     theirs = workers.get("benchmark_torch.py", {}).get("versions", {})
     if any(row.work == "ppo" for row in rows) and "trl" not in theirs:
         raise BenchmarkError(
@@ -478,19 +497,14 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     for script, said in workers.items():
         console.print(f"{script}: {said['device']}, {', '.join(f'{k} {v}' for k, v in said['versions'].items())}")
 
-    peak: dict[str, float] = {}
-    if timed and "benchmark_torch.py" in workers:
-        on_cpu = workers["benchmark_jax.py"]["device"] == "cpu"
-        peak = measure_peak(settings, 256 if options.sizes else 2048 if on_cpu else 8192)
+    if streamed is not None:
         told = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in peak.items())
-        with settings.worker("benchmark_jax.py") as ask:
-            streamed = ask({"do": "stream", "size": 2**22 if options.sizes else 2**29})["bytes"]
         console.print(f"peak of a square product: {told}; memory read and written: {streamed / 1e9:,.1f} GB/s")
-        report["bytes_per_second"] = streamed
     write_inputs(settings, {row.model: sizes[row.model] for row in rows}, shapes)
 
     known: dict[str, list[Check]] = {}
     results = []
+    report |= {"peak": peak, "bytes_per_second": streamed, "rows": results}
     for row in rows:
         try:
             results.append(measure(row, settings, known, timed))
@@ -498,10 +512,12 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
             results.append(
                 {"name": row.name, "work": row.work, "sides": [row.ours, row.peer], "state": f"failed: {error}"}
             )
-        console.print(f"{escape(row.name)}: {escape(results[-1]['state'])}")
+        last = results[-1]
+        ratio = f"; ratio {last['ratio']:.2f}" if "ratio" in last else ""
+        console.print(f"{escape(row.name)}: {escape(last['state'])}{ratio}")
+        write_report(options.out, report)  # a long benchmark that is stopped keeps what it has
     if timed and "startup" in what:
         results.append(measure_startup(settings))
-    report |= {"peak": peak, "rows": results}
     if options.scaling:
         report["scaling"] = measure_scaling(settings, sizes[models[0]], shapes[models[0]])
         plot_scaling(report["scaling"], options.out.with_suffix(".scaling.png"))
@@ -509,16 +525,21 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
         Console(width=max(console.width, 150)).print(table_of(results, peak))  # a log has no width of its own
         for line in best_of(results):
             console.print(escape(line))
-    try:
-        files.write_json(options.out, report)
-        plot_ratios(results, options.out.with_suffix(".png"))
-    except OSError as error:
-        raise BenchmarkError(f"{options.out} cannot be written ({error.strerror})") from error
+    write_report(options.out, report, picture=True)
     failed = [r for r in results if r["state"] not in ("timed", "agrees")]
     for r in failed:
         console.print(f"[bold red]{escape(r['name'])}[/]: {escape(r['state'])}")
     good = judge_quick(options, results, report["hardware"]) if options.quick and timed else True
     return 0 if good and not failed else 1
+
+
+def write_report(path: Path, report: Mapping[str, Any], picture: bool = False) -> None:
+    try:
+        files.write_json(path, report)
+        if picture:
+            plot_ratios(report["rows"], path.with_suffix(".png"))
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def judge_quick(options: argparse.Namespace, results: Sequence[Mapping[str, Any]], made_on: Mapping[str, Any]) -> bool:
