@@ -11,6 +11,7 @@ import pytest
 import scipy.spatial.distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score import rouge_scorer
 
 from therapy_jax import batching, dialogue, prompts
 from therapy_jax.classifiers import Frozen, Head
@@ -96,7 +97,7 @@ def test_a_reply_earns_the_same_alone_and_under_vmap():
     alone = b._replace(**{k: v[:, None] for k, v in b._asdict().items() if k != "frozen"})
     axes: RewardBatch = jax.tree.map(lambda _: 0, b)._replace(frozen=None)
     got, expected = jax.jit(jax.vmap(all_terms, in_axes=(axes,)))(alone), compiled(b)
-    for name in set(combine.TERMS) - {"sameness"}:  # which is about the batch
+    for name in set(combine.TERMS) - {"sameness", "idiom"}:  # which are about the batch
         np.testing.assert_allclose(got[name][:, 0], expected[name], rtol=1e-5, atol=UNIT, err_msg=name)
 
 
@@ -295,6 +296,26 @@ def test_a_policy_that_always_says_the_same_loses_nearly_all(size, reply):
     ids, mask = pack([reply] * size)
     got = sameness(blank(size)._replace(words=ids, words_mask=mask))
     np.testing.assert_allclose(got, -(1 - 1 / size), rtol=1e-6)
+
+
+@pytest.mark.parametrize("prompts", [[0, 1, 2, 3, 4], [3, 3, 5, 5, 5], [1, 1, 1, 1, 1], [2]])
+def test_idiom_is_the_mean_rouge_2_with_the_other_prompts_references(prompts):
+    random, size = np.random.default_rng(0), len(prompts)
+    spoken, references = (
+        [random.integers(1, 4, n).tolist() for n in random.integers(0, R + 1, size)] for _ in range(2)
+    )
+    ids, mask = pack(spoken, garbage=1)
+    ref, ref_mask = pack(references, garbage=1)
+    b = blank(size)._replace(words=ids, words_mask=mask, reference_words=ref, reference_mask=ref_mask)
+    got = jax.jit(form.idiom)(b._replace(prompt=jnp.asarray(prompts)))
+
+    scorer = rouge_scorer.RougeScorer(["rouge2"])
+    text = lambda words: " ".join(f"w{word}" for word in words)  # noqa: E731
+    for i, p in enumerate(prompts):
+        others = [text(ref) for ref, q in zip(references, prompts, strict=True) if q != p]
+        scores = [scorer.score(other, text(spoken[i]))["rouge2"].fmeasure for other in others]
+        assert float(got[i]) == pytest.approx(np.mean(scores) if scores else 0.0, abs=1e-6)
+    assert len(set(prompts)) == 1 or np.asarray(got).any()
 
 
 def test_replies_to_one_prompt_may_be_alike():

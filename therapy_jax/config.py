@@ -203,6 +203,8 @@ class RewardWeights:
     """Minus the share of repeated word bigrams within the reply, in [-1, 0]."""
     sameness: float = 0.0
     """Minus the share of the reply's word bigrams that other prompts are told, too, in [-1, 0]: against mode collapse."""
+    idiom: float = 0.0
+    """Mean bigram F1 with the therapists' replies to the batch's other prompts, in [0, 1]: the phrases of the profession."""
     length: float = 0.2
     """Minus the relative gap to the therapist's reply in words, in [-1, 0]."""
     ending: float = 0.2

@@ -46,6 +46,7 @@ TERMS: dict[str, Term] = {  # the names are the fields of config.RewardWeights
     "strategy": strategy.strategy,
     "repetition": form.repetition,
     "sameness": form.sameness,
+    "idiom": form.idiom,
     "length": form.length,
     "ending": form.ending,
     "manner": form.manner,

@@ -1,14 +1,15 @@
-"""Form: a reply should not repeat itself or what everybody is told, be about as long as a therapist's, come to an end, and
-neither judge, diagnose nor prescribe."""
+"""Form: a reply should speak as therapists do, not repeat itself or what everybody is told, be about as long as a therapist's,
+come to an end, and neither judge, diagnose nor prescribe."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from therapy_jax.gpt2 import Array
 from therapy_jax.rewards.batch import RewardBatch
-from therapy_jax.rewards.overlap import ngrams
+from therapy_jax.rewards.overlap import ngrams, rouge_n
 from therapy_jax.rewards.words import BASE, hash_words
 
 # Phrases that a therapist does not say: a coarse net against the worst, no proof of good manners.
@@ -80,6 +81,27 @@ def sameness(batch: RewardBatch) -> Array:
     expected = here + (counts(keys, valid) - counts(of_prompt, valid)) / replies
     old = jnp.where(valid, 1.0 - 1.0 / jnp.maximum(expected, 1), 0.0)
     return -(old.sum(-1) / jnp.maximum(valid.sum(-1), 1)).astype(jnp.float32)
+
+
+def idiom(batch: RewardBatch) -> Array:
+    """Mean ROUGE-2 F1 with what therapists answered the batch's *other* prompts: f32[B] in [0, 1], 0 where there are none.
+
+    ROUGE-2 with the one therapist's reply is 0 for most replies, and so says little to a policy that learns from a few hundred
+    of them. Of what a reply owes to the phrases of the profession, and not to its own prompt, this has the same expectation, with
+    the noise of one therapist averaged away (a control variate turned into a reward of its own).
+    """
+
+    def add(carry, shift):
+        total, count = carry
+        others = batch.prompt, batch.reference_words, batch.reference_mask
+        prompt, words, mask = (jnp.roll(x, shift, axis=0) for x in others)
+        found = rouge_n(batch.words, batch.words_mask, words, mask, n=2)
+        other = prompt != batch.prompt
+        return (total + jnp.where(other, found, 0.0), count + other), None
+
+    size = batch.prompt.shape[0]
+    (total, count), _ = jax.lax.scan(add, (jnp.zeros(size), jnp.zeros(size)), jnp.arange(1, size))
+    return total / jnp.maximum(count, 1)
 
 
 def manner(batch: RewardBatch) -> Array:
