@@ -24,6 +24,7 @@ import optax
 from safetensors.numpy import load_file
 
 from therapy_jax import gpt2, ppo, sft, weights
+from therapy_jax.attention import Layout
 from therapy_jax.batching import Batch, Prompt, without_mask
 from therapy_jax.config import PPOConfig, SamplingConfig, TrainingConfig
 from therapy_jax.gpt2 import Params
@@ -125,7 +126,7 @@ def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow
     model, params = load_model(task)
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
-    layout = gpt2.Layout(**{name: arrays[f"packed_{name}"] for name in gpt2.Layout._fields})
+    layout = Layout(**{name: arrays[f"packed_{name}"] for name in Layout._fields})
     parts: dict[str, Any] = {name: arrays[f"packed_{name}"] for name in names}
     stacked = Batch(**parts, layout=layout)
     count = len(stacked.tokens)

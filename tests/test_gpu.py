@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from therapy_jax import gpt2, sft
+from therapy_jax import attention, gpt2, sft
 from therapy_jax.batching import Batch, Prompt, without_mask
 from therapy_jax.config import SamplingConfig
 from therapy_jax.sampling import generate, reply_hidden, reply_logprobs
@@ -47,13 +47,13 @@ def rows(kind):
     parent = np.where(stretch == 1, 0, -1)
     start = np.where(stretch == 1, 20, 0)
     position = np.where(stretch == 1, place - 20, place)
-    return stretch >= 0, gpt2.Layout(*(x.astype(np.int32) for x in (position, stretch, parent, start)))
+    return stretch >= 0, attention.Layout(*(x.astype(np.int32) for x in (position, stretch, parent, start)))
 
 
 @pytest.mark.parametrize("kind", ["full", "left padded", "right padded", "packed", "causal alone"])
 def test_fused_attention_is_attention_and_so_are_its_gradients(kind):
     mask, layout = rows("full" if kind == "causal alone" else kind)
-    seen = jnp.asarray(mask)[:, None, :] if layout is None else gpt2.visible(layout)
+    seen = jnp.asarray(mask)[:, None, :] if layout is None else attention.visible(layout)
     visible = jnp.tril(jnp.ones((T, T), bool)) & seen
     q, k, v, g = jax.random.normal(jax.random.key(0), (4, B, 4, T, 32))
     g = jnp.where(jnp.asarray(mask)[:, None, :, None], g, 0.0)  # nothing comes back for padding
@@ -68,8 +68,8 @@ def test_fused_attention_is_attention_and_so_are_its_gradients(kind):
         return out, *grads
 
     with jax.default_matmul_precision("highest"):
-        oracle = both(lambda *x: gpt2.attention(*x, 0.0, None), jnp.float32)
-    for name, a, b in zip(("out", "q", "k", "v"), both(gpt2.fused_attention, jnp.bfloat16), oracle, strict=True):
+        oracle = both(lambda *x: attention.attention(*x, 0.0, None), jnp.float32)
+    for name, a, b in zip(("out", "q", "k", "v"), both(attention.fused_attention, jnp.bfloat16), oracle, strict=True):
         assert distance(a, b) < 1e-2, name
 
 

@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from therapy_jax import classifiers, gpt2, hlo, ppo, sft, sharding
+from therapy_jax.attention import Layout
 from therapy_jax.batching import Batch, Prompt, round_up
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES
@@ -198,7 +199,7 @@ def programs(config: Config, mesh: Mesh) -> dict[str, Program]:
         state = laid_out(mesh, jax.eval_shape(functools.partial(sft.init_state, tx=tx), params))
         step = functools.partial(sft.sft_step, model=gpt2.GPT2(at), tx=tx, cfg=config.sft)
         numbers, mask = rows(mesh, batch, length), rows(mesh, batch, length, dtype=bool)
-        layout = gpt2.Layout(*(numbers for _ in range(4))) if config.sft.row_tokens else None
+        layout = Layout(*(numbers for _ in range(4))) if config.sft.row_tokens else None
         out = (sharding.shardings(mesh, state), None)
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, Batch(numbers, mask, mask, layout), key)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from therapy_jax.gpt2 import Layout
+from therapy_jax.attention import Layout
 from therapy_jax.prompts import Example
 
 

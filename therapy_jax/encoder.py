@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from therapy_jax import gpt2
+from therapy_jax.attention import attention
 from therapy_jax.batching import pad
 from therapy_jax.gpt2 import Array, Params
 from therapy_jax.locate import WeightsError, resolve
@@ -167,7 +168,7 @@ def embed(params: Params, tokens: Array, mask: Array, *, config: EncoderConfig) 
 
     def layer(x_BTD, p):
         q_BHTK, k_BHTK, v_BHTK = (heads(dense(x_BTD, p[name])) for name in ("query", "key", "value"))
-        mixed_BHTK = gpt2.attention(q_BHTK, k_BHTK, v_BHTK, visible_BTT, 0.0, None)
+        mixed_BHTK = attention(q_BHTK, k_BHTK, v_BHTK, visible_BTT, 0.0, None)
         mixed_BTD = mixed_BHTK.swapaxes(1, 2).reshape(x_BTD.shape)
         x_BTD = gpt2.layer_norm(x_BTD + dense(mixed_BTD, p["attn_proj"]), p["ln_1"], config.layer_norm_eps)
         h_BTF = jax.nn.gelu(dense(x_BTD, p["c_fc"]), approximate=False)

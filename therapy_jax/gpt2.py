@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from therapy_jax.attention import Layout, attention, can_fuse, dropout, fused_attention, on_gpu, visible
 from therapy_jax.sharding import constrain, gathered
 
 Params = Any  # a nested dict of arrays
@@ -84,16 +85,6 @@ class KVCache(NamedTuple):
     index: Array  # i32[], slots used
 
 
-class Layout(NamedTuple):
-    """Rows that hold several stretches of text, i32[B, T] each. A token sees its own stretch up to itself, and of the
-    stretch that its own continues the tokens before its own began (see packing.py)."""
-
-    position: Array | np.ndarray  # where the token would stand in a sequence of its own
-    stretch: Array | np.ndarray  # number of its stretch within the row; -1 = padding
-    parent: Array | np.ndarray  # number of the stretch that it continues; -1 = none
-    start: Array | np.ndarray  # position at which its stretch begins
-
-
 def init_cache(config: GPT2Config, batch: int, slots: int) -> KVCache:
     shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
     dtype = jnp.dtype(config.compute_dtype)
@@ -118,71 +109,12 @@ def apart(config: GPT2Config, blocks: Params, cache: KVCache) -> tuple[tuple[Par
     return tuple(map(take, numbers)), cache._replace(k=k, v=v)
 
 
-def on_gpu() -> bool:
-    """The same mathematics, in the form that is fastest there; asked while a program is traced."""
-    return jax.default_backend() == "gpu"
-
-
 def layer_norm(x: Array, params: Params, epsilon: float) -> Array:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
     return x * params["scale"] + params["bias"]
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero a share `rate` of x and scale the rest up; the identity without a key."""
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
-
-
-def attention(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible_BTS: Array, rate: float, key: Array | None) -> Array:
-    """softmax(q k^T / sqrt(K)) v over the visible slots (Vaswani et al. 2017, eq. 1) -> [B, H, T, K].
-
-    The softmax's division by its sum comes after v, on [B, H, T, K] and not on the [B, H, T, S] weights: the largest array of a
-    block is then written once less."""
-    q_BHTK = q_BHTK / math.sqrt(q_BHTK.shape[-1])
-    scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
-    # A finite minimum, not -inf: a padding query sees no slot at all, and must give garbage, not NaN.
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
-    weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(-1, keepdims=True)))
-    sums_BHT1 = weights_BHTS.sum(-1, keepdims=True)
-    weights_BHTS = dropout(weights_BHTS, rate, key).astype(v_BHSK.dtype)
-    mixed_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK, preferred_element_type=jnp.float32)
-    return (mixed_BHTK / sums_BHT1).astype(v_BHSK.dtype)
-
-
-def fused_attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array | None) -> Array:
-    """`attention` of a row with itself by cuDNN's kernel (FlashAttention, Dao 2023), which never writes the scores: bfloat16 on
-    a GPU, no dropout. Nobody sees what comes later in the row, so that half of the work is skipped; without `visible_BTT`
-    nothing else is hidden, which takes half the time again."""
-    q_BTHK, k_BTHK, v_BTHK = (x.swapaxes(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
-    mixed_BTHK = jax.nn.dot_product_attention(
-        q_BTHK,
-        k_BTHK,
-        v_BTHK,
-        mask=None if visible_BTT is None else visible_BTT[:, None],
-        is_causal=True,
-        implementation="cudnn",
-    )
-    return mixed_BTHK.swapaxes(1, 2)
-
-
-def can_fuse(config: GPT2Config, length: int, dropout: bool) -> bool:
-    """Whether `fused_attention` is to be had for rows of this length: what cuDNN asks for, on one device."""
-    sizes = config.n_embd // config.n_head % 8 == 0 and config.n_embd // config.n_head <= 128 and length % 2 == 0
-    one = config.mesh is None or config.mesh.size == 1
-    return on_gpu() and config.compute_dtype == "bfloat16" and sizes and one and not dropout
-
-
-def visible(layout: Layout) -> Array:
-    """Which tokens s a token t may see in rows of several stretches, beside the order in the row: bool[B,T,S]."""
-    _, stretch, parent, start = (jnp.asarray(x)[:, :, None] for x in layout)
-    other_stretch, other_position = (jnp.asarray(x)[:, None, :] for x in (layout.stretch, layout.position))
-    own = (other_stretch == stretch) & (stretch >= 0)
-    return own | ((other_stretch == parent) & (parent >= 0) & (other_position < start))
 
 
 def saved(primitive, *args, **params) -> bool:
@@ -198,9 +130,8 @@ def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None
 
     h_BTD = layer_norm(x_BTD, p["ln_1"], config.layer_norm_epsilon).astype(dtype)
     kernel_DCHK, bias_CHK = p["c_attn"]["kernel"].astype(dtype), p["c_attn"]["bias"].astype(dtype)
-    if (
-        on_gpu() and x_BTD.shape[1] > 1
-    ):  # what one product gives would be cut in three, and put together for the backward pass
+    if on_gpu() and x_BTD.shape[1] > 1:
+        # What one product gives would be cut in three for cuDNN, and put together again in the backward pass.
         qkv = (jnp.einsum("btd,dhk->bthk", h_BTD, kernel_DCHK[:, i]) + bias_CHK[i] for i in range(3))
         q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in qkv)
     else:
@@ -308,7 +239,7 @@ class GPT2(nn.Module):
                     old_new = zip(kv, (k_BHTK, v_BHTK), strict=True)
                     kv = tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0)) for old, new in old_new)
                     k_BHTK, v_BHTK = kv
-                elif can_fuse(c, length, dropout=key is not None):
+                elif key is None and can_fuse(q_BHTK, c.mesh):
                     return fused_attention(q_BHTK, k_BHTK, v_BHTK, None if causal_only else visible_BTS)
                 return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
 

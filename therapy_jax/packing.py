@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from therapy_jax.attention import Layout
 from therapy_jax.batching import Batch
 from therapy_jax.dialogue import DataError
-from therapy_jax.gpt2 import Layout
 from therapy_jax.prompts import Example
 
 
