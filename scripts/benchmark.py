@@ -61,7 +61,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of configs/quickstart.yaml: how well the models do does not matter to a start, and the rest of the run never comes.
 STARTUP = {"pretrain.epochs": 1, "sft.epochs": 1, "classifiers.epochs": 2, "ppo.iterations": 4}
 BASELINE = ROOT / "tests" / "data" / "bench_baseline.json"
-WORKS = ("sft", "long", "conversations", "generate", "ppo", "rewards", "startup", "memory")
+WORKS = ("sft", "conversations", "generate", "ppo", "rewards", "startup", "memory")
 COMPARED = ("sft", "generate", "ppo", "rewards")  # by --quick, and by --what agree
 PEERS = ("torch", "trl")
 NEEDS = {
@@ -403,8 +403,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     everything = ",".join(WORKS)
     parser.add_argument(
         "--what",
-        type=names((*WORKS, "agree")),
-        help=f"of {everything}; agree: the checks alone; long: for a GPU, and only where it is named",
+        type=names((*WORKS, "long", "agree")),
+        help=f"of {everything}; agree: the checks alone; long: an SFT step that fills a GPU",
     )
     parser.add_argument(
         "--model", type=names(tuple(SIZES)), default=["nano"], help="nano, gpt2 (ppo: nano alone by default)"
@@ -437,9 +437,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not named:  # all that there is, or all that can be compared
         everything = options.timed and not options.quick
         named = [
-            work
-            for work in WORKS
-            if ((everything and work != "long") or work in COMPARED) and NEEDS.get(work) in (None, *options.compare)
+            work for work in WORKS if (everything or work in COMPARED) and NEEDS.get(work) in (None, *options.compare)
         ]
     options.what = [] if options.scaling and options.what is None else named
     return options

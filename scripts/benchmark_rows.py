@@ -27,14 +27,14 @@ class Shapes(NamedTuple):
     generate: tuple[int, int, int]  # B, P, R
     ppo: tuple[int, int, int, int, int]  # B, P, R, epochs, minibatches
     memory: tuple[int, int]  # B, T
-    long: tuple[int, int]  # B, T of an SFT step that fills a GPU
     rewards: tuple[int, int] = (256, 64)  # replies, words at most
+    long: tuple[int, int] = (32, 1024)  # B, T of an SFT step that fills a GPU
 
 
 SIZES = {"nano": Size(4, 128, 4), "gpt2": Size(12, 768, 12)}
 SHAPES = {
-    "nano": Shapes(sft=(16, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512), long=(32, 1024)),
-    "gpt2": Shapes(sft=(8, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512), long=(32, 1024)),
+    "nano": Shapes(sft=(16, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512)),
+    "gpt2": Shapes(sft=(8, 128), generate=(32, 64, 64), ppo=(32, 64, 48, 4, 4), memory=(8, 512)),
 }
 QUICK_SHAPES = Shapes(sft=(8, 64), generate=(8, 32, 32), ppo=(8, 32, 16, 2, 2), memory=(4, 128), long=(4, 128))
 TINY = Size(2, 64, 2, 1000), Shapes(  # --sizes tiny: every model is this one, to try the whole thing in a minute

@@ -88,8 +88,8 @@ def test_what_does_not_agree_is_seen():
 
 
 def test_batches_are_the_same_each_time_and_wholly_supervised():
-    shape = Shapes(sft=(3, 5), generate=(2, 4, 3), ppo=(2, 4, 3, 1, 1), memory=(1, 6), rewards=(4, 8))
-    for name in ("sft", "memory", "generate", "ppo", "rewards"):
+    shape = Shapes(sft=(3, 5), generate=(2, 4, 3), ppo=(2, 4, 3, 1, 1), memory=(1, 6), rewards=(4, 8), long=(2, 7))
+    for name in ("sft", "long", "memory", "generate", "ppo", "rewards"):
         one, two = (benchmark_rows.make_batch(name, SMALL, shape) for _ in range(2))
         assert all(np.array_equal(one[key], two[key]) for key in one)
     batch = benchmark_rows.make_batch("sft", SMALL, shape)
@@ -98,6 +98,8 @@ def test_batches_are_the_same_each_time_and_wholly_supervised():
         row.name: row for row in benchmark_rows.make_rows(["sft"], ["nano"], {"nano": SMALL}, {"nano": shape}, False)
     }
     assert {row.useful for row in rows.values()} == {3 * 4} and len(rows) == 3
+    (row,) = benchmark_rows.make_rows(["long"], ["nano"], {"nano": SMALL}, {"nano": shape}, False)
+    assert row.useful == 2 * 6 and row.task["batch"] == "long" and "2x7, bfloat16" in row.name
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,7 @@ def test_what_is_asked_for():
         "sft", "conversations", "generate", "rewards", "startup", "memory",
     ]  # fmt: skip
     assert benchmark.parse(["--scaling"]).what == []
+    assert benchmark.parse(["--what", "long"]).what == ["long"]  # only where it is named: a CPU takes minutes a step
     quick, agree = benchmark.parse(["--quick"]), benchmark.parse(["--what", "agree"])
     assert quick.what == agree.what == ["sft", "generate", "ppo", "rewards"]
     assert quick.timed and not agree.timed
