@@ -264,9 +264,7 @@ class Machine(NamedTuple):
     """What the workers say of themselves, and what the machine can do at best."""
 
     workers: dict[str, Any]  # by script
-    peak: dict[
-        str, float
-    ]  # {dtype: FLOP/s} of a large square product: the higher of what jax and torch reach, each alone
+    peak: dict[str, float]  # by dtype: FLOP/s of a large square product, the higher of jax's and torch's, each alone
     bytes_per_second: float | None  # read and written
 
 

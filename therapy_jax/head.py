@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from therapy_jax import gpt2
+from therapy_jax.attention import on_gpu
 from therapy_jax.gpt2 import Array
 from therapy_jax.sharding import constrain, gathered, row_shards
 
@@ -39,7 +40,7 @@ class Spec(NamedTuple):
 
 
 def chunk_size() -> int:
-    return GPU_CHUNK if jax.default_backend() == "gpu" else CHUNK
+    return GPU_CHUNK if on_gpu() else CHUNK
 
 
 def temper(hidden: Array, temperature: float) -> Array:

@@ -88,7 +88,7 @@ def idiom(batch: RewardBatch) -> Array:
 
     ROUGE-2 with the one therapist's reply is 0 for most replies, and so says little to a policy that learns from a few hundred
     of them. Of what a reply owes to the phrases of the profession, and not to its own prompt, this has the same expectation, with
-    the noise of one therapist averaged away (a control variate turned into a reward of its own).
+    the noise of one therapist averaged away.
     """
 
     def add(carry, shift):
