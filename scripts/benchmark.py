@@ -229,9 +229,12 @@ def measure(row: Row, settings: Settings, known: dict[str, list[Check]], timed: 
         if not timed:
             return result | {"state": "agrees"}
 
-        # One uncounted run each; then as many steps a run as fill the time, the same number on both sides.
-        warm = [ask({"do": "run", "times": 1})["seconds"] for ask in sides]
-        times = max(1, math.ceil(settings.seconds / statistics.mean(warm)))
+        # One uncounted run each; then as many steps a run as fill the time, the same number on both sides. A run of
+        # conversations is an epoch, minutes of it: the first call was one, with every shape compiled.
+        times = 1
+        if row.work != "conversations":
+            warm = [ask({"do": "run", "times": 1})["seconds"] for ask in sides]
+            times = max(1, math.ceil(settings.seconds / statistics.mean(warm)))
         seconds: list[list[float]] = [[], []]
         for _ in range(settings.repeats):
             for ask, taken in zip(sides, seconds, strict=True):
