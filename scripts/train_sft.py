@@ -54,8 +54,6 @@ def main(config: Config) -> None:
     gpt2_config, params, tokenizer = make_base(config, folder, dialogues, mesh)
     weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
 
-    how = {"dropout": config.model.dropout, "compute_dtype": run.compute_dtype(config), "remat": config.model.remat}
-    gpt2_config = dataclasses.replace(gpt2_config, **how)
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
     conversations = {split: [[encode(e) for e in exchanges(d)] for d in part] for split, part in dialogues.items()}
     examples = {split: list(itertools.chain(*part)) for split, part in conversations.items()}
@@ -157,11 +155,10 @@ def make_base(
             n_layer=sizes.n_layer,
             n_head=sizes.n_head,
             eos_token_id=tokenizer.eos_token_id,
-            dropout=sizes.dropout,
-            compute_dtype=run.compute_dtype(config),
-            remat=sizes.remat,
         )
         params = gpt2.init(gpt2_config, jax.random.fold_in(jax.random.key(config.seed), 0))
+    how = {"dropout": config.model.dropout, "compute_dtype": run.compute_dtype(config), "remat": config.model.remat}
+    gpt2_config = dataclasses.replace(gpt2_config, **how)
     console.print(f"model: {gpt2.count(params):,} parameters, {gpt2_config.n_layer} layers, width {gpt2_config.n_embd}")
 
     if config.pretrain is not None:

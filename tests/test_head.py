@@ -46,7 +46,7 @@ def torchs(wte, hidden, tokens, counted, weight, temperature):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_loss_logprobs_and_gradients_are_torchs(chunk, shards, share, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head, "chunk_size", lambda rows: chunk)
     config = dataclasses.replace(CONFIG, mesh=sharding.make_mesh(MeshConfig(data=shards)))
     wte, hidden, tokens, counted, weight = make(share=share)
     hidden[~counted] = 50.0  # what stands where nothing counts must not matter
@@ -70,7 +70,7 @@ def test_loss_logprobs_and_gradients_are_torchs(chunk, shards, share, monkeypatc
 
 def test_logits_of_the_whole_batch_never_exist(monkeypatch):
     """No array of the compiled program holds more rows of the vocabulary's width than a chunk."""
-    monkeypatch.setattr(head, "CHUNK", 8)
+    monkeypatch.setattr(head, "chunk_size", lambda rows: 8)
     wte, hidden, tokens, counted, weight = make()
 
     def loss(wte, hidden):

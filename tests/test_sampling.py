@@ -316,3 +316,29 @@ def test_top_k_and_temperature_reach_the_samples(params):
         often = expected > 5
         observed, hoped = ([*x[often], x[~often].sum() + 1e-9] for x in (counts, expected))
         assert stats.chisquare(observed, np.asarray(hoped) * np.sum(observed) / np.sum(hoped)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_remat_saves_memory_and_changes_no_gradient(times):
+    """In training without a cache (one reply to a prompt) and with one (several)."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("the bound is that of the CPU's compiler")
+    deep = dataclasses.replace(CONFIG, n_embd=64, n_layer=8)
+    params = gpt2.init(deep, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    prompt = batching.Prompt(rng.integers(0, 200, (4, 24)).astype(np.int32), np.ones((4, 24), bool))
+    tokens, mask = rng.integers(0, 200, (4 * times, 32)).astype(np.int32), np.ones((4 * times, 32), bool)
+
+    def compiled(remat):
+        model = gpt2.GPT2(dataclasses.replace(deep, remat=remat))
+
+        def loss(params):
+            return jnp.square(sampling.reply_hidden(params, prompt, tokens, mask, model=model)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).compile()
+
+    kept, anew = compiled(False), compiled(True)
+    memory: Any = [program.memory_analysis() for program in (kept, anew)]
+    assert memory[1].temp_size_in_bytes < 0.7 * memory[0].temp_size_in_bytes
+    for a, b in zip(jax.tree.leaves(kept(params)), jax.tree.leaves(anew(params)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))  # sums in another order

@@ -200,8 +200,9 @@ def programs(config: Config, mesh: Mesh) -> dict[str, Program]:
         step = functools.partial(sft.sft_step, model=gpt2.GPT2(at), tx=tx, cfg=config.sft)
         numbers, mask = rows(mesh, batch, length), rows(mesh, batch, length, dtype=bool)
         layout = Layout(*(numbers for _ in range(4))) if config.sft.row_tokens else None
+        seen = None if layout is None else mask  # as batching.without_mask leaves it
         out = (sharding.shardings(mesh, state), None)
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, Batch(numbers, mask, mask, layout), key)
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, Batch(numbers, seen, mask, layout), key)
 
     def lower_sampler(batch: int):
         sample = functools.partial(generate, model=quiet, cfg=config.sampling, times=replies)

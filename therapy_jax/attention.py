@@ -77,8 +77,8 @@ def fused_attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Ar
 
 
 def can_fuse(q_BHTK: Array, mesh: Mesh | None) -> bool:
-    """Whether `fused_attention` is to be had for such queries: what cuDNN asks for (an Ampere or later; even lengths, heads of up
-    to 128), on one device."""
+    """Whether `fused_attention` is to be had for such queries, on the safe side of what cuDNN asks for: an Ampere or later, even
+    lengths, heads of up to 128; on one device."""
     if not on_gpu() or q_BHTK.dtype != jnp.bfloat16 or (mesh is not None and mesh.size > 1):
         return False
     device = jax.local_devices()[0]

@@ -5,9 +5,10 @@
     logits = layer_norm(x) @ wte.T                      (the head is the embedding, transposed: "tied")
 
 The parameters of the L blocks are stacked along a leading axis, so that the loop over blocks is one `lax.scan`: the block
-is traced and compiled once, whatever the depth. The same forward serves training (no cache), prefill (a cache and a whole
-prompt) and decoding (a cache and one token). Decoding alone has its blocks `apart`, one written out after the other:
-a scan cuts each block's parameters and slots out of the stack, which for one token takes half as long as to use them.
+is traced and compiled once, whatever the depth (on a GPU training may write the blocks out). The same forward serves training
+(no cache), prefill (a cache and a whole prompt) and decoding (a cache and one token). Decoding has its blocks `apart`, one written
+out after the other: a scan cuts each block's parameters and slots out of the stack, which for one token takes half as long
+as to use them.
 
 Axes: B batch, T tokens, S slots of the cache, D width, H heads, K = D/H, F = n_inner, L layers, V vocabulary.
 """
@@ -251,8 +252,10 @@ class GPT2(nn.Module):
             # than to keep it: normed inputs, activations, attention, and under fsdp the gathered parameters. A step of 124M
             # parameters on 8 x 512 tokens needs 2.3 GB beside its state, not 4.0 and more, and is no slower.
             step = jax.checkpoint(step, policy=None if c.remat else saved, prevent_cse=False)
-            # A GPU writes the blocks out one after the other: what a loop keeps for the backward pass it copies into stacks.
-            unroll = c.n_layer if on_gpu() and c.n_layer <= MOST_UNROLLED else 1
+            # A GPU writes the blocks out one after the other: what a loop keeps for the backward pass it copies into stacks. But
+            # outside a loop XLA sees that a block made anew is the block as it was, and keeps it, gathered parameters too.
+            anew = c.remat or (c.mesh is not None and c.mesh.shape["fsdp"] > 1)
+            unroll = c.n_layer if on_gpu() and not anew and c.n_layer <= MOST_UNROLLED else 1
             x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, numbers, None), unroll=unroll)
         elif blocks is not None:
             kvs = []
@@ -262,6 +265,7 @@ class GPT2(nn.Module):
             k, v = zip(*kvs, strict=True)
             cache = cache._replace(k=k, v=v, mask=seen, index=start + length)
         else:
+            step = jax.checkpoint(step, prevent_cse=False) if c.remat else step
             x_BTD, (k, v) = jax.lax.scan(step, x_BTD, (self.blocks, numbers, (cache.k, cache.v)))
             cache = cache._replace(k=k, v=v, mask=seen, index=start + length)
         return layer_norm(x_BTD, self.ln_f, c.layer_norm_epsilon), cache

@@ -2,7 +2,7 @@
 
 With a vocabulary of 50,257, logits [B,T,V] are the largest array of a training step, and most of them are of no use: only
 supervised tokens count, about one in seven of a dialogue's. So the positions that count are lined up, and walked in chunks
-of `chunk_size()`. The loss goes in with them: it is a sum over tokens of a function of their log-prob, so that the same walk can
+of `chunk_size`. The loss goes in with them: it is a sum over tokens of a function of their log-prob, so that the same walk can
 take its gradient while a chunk's logits are at hand (three matrix products in all; to compute them again in a backward
 pass would be a fourth).
 
@@ -25,10 +25,9 @@ from therapy_jax.attention import on_gpu
 from therapy_jax.gpt2 import Array
 from therapy_jax.sharding import constrain, gathered, row_shards
 
-# Tokens whose logits exist at a time: enough for a matrix product to run at full speed. A GPU's products are so fast that it is
-# the sum of wte's gradients, one more V x D array a chunk, that has to be rare.
+# Tokens whose logits exist at a time: enough for a matrix product to run at full speed.
 CHUNK = 512
-GPU_CHUNK = 8192
+GPU_CHUNKS = 2048, 8192  # least and most
 
 
 class Spec(NamedTuple):
@@ -39,8 +38,11 @@ class Spec(NamedTuple):
     temperature: float = 1.0
 
 
-def chunk_size() -> int:
-    return GPU_CHUNK if on_gpu() else CHUNK
+def chunk_size(rows: int) -> int:
+    """Of `rows` positions. A GPU's products are so fast that it is the sum of wte's gradients, one more V x D array a chunk, that
+    has to be rare: four of them where all positions count, and where few do, one or two."""
+    least, most = GPU_CHUNKS
+    return min(max(rows // 4, least), most) if on_gpu() else CHUNK
 
 
 def temper(hidden: Array, temperature: float) -> Array:
@@ -92,7 +94,7 @@ def walk(
 
     hidden_GND, counted_GN = split(hidden), split(counted)
     values = jax.tree.map(split, (tokens, *extra))
-    size = min(chunk_size(), rows)
+    size = min(chunk_size(rows), rows)
     steps = -(-rows // size)
     order = jnp.argsort(~counted_GN, axis=1, stable=True)  # the positions that count come first
     order = jnp.pad(order, ((0, 0), (0, steps * size - rows)))
