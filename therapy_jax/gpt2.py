@@ -253,7 +253,7 @@ class GPT2(nn.Module):
             # parameters on 8 x 512 tokens needs 2.3 GB beside its state, not 4.0 and more, and is no slower.
             step = jax.checkpoint(step, policy=None if c.remat else saved, prevent_cse=False)
             # A GPU writes the blocks out one after the other: what a loop keeps for the backward pass it copies into stacks. But
-            # outside a loop XLA sees that a block made anew is the block as it was, and keeps it, gathered parameters too.
+            # outside a loop XLA may see that a block made anew is the block as it was, and keep it, gathered parameters too.
             anew = c.remat or (c.mesh is not None and c.mesh.shape["fsdp"] > 1)
             unroll = c.n_layer if on_gpu() and not anew and c.n_layer <= MOST_UNROLLED else 1
             x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, numbers, None), unroll=unroll)
