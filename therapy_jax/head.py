@@ -40,7 +40,7 @@ class Spec(NamedTuple):
 
 def chunk_size(rows: int) -> int:
     """Of `rows` positions. A GPU's products are so fast that it is the sum of wte's gradients, one more V x D array a chunk, that
-    has to be rare: four of them where all positions count, and where few do, one or two."""
+    has to be rare: a chunk is a quarter of the rows, within bounds, so that where few of them count the walk still ends early."""
     least, most = GPU_CHUNKS
     return min(max(rows // 4, least), most) if on_gpu() else CHUNK
 
