@@ -117,10 +117,12 @@ def test_a_conversation_in_the_browser(driver, server):
         page.locator(".tj-card[data-model=ppo] summary").click()  # one click away
         assert strip.is_visible() and strip.locator("span").count() > 0
 
+        page.locator(".tj-card").evaluate_all("cards => cards.forEach(card => card.dataset.before = '')")
         page.click("#emotion input")
         page.get_by_role("option", name="disgust" if felt != "disgust" else "joy").click()
-        page.wait_for_selector(".tj-card[data-model=ppo]", state="detached")  # all is answered anew, base first
-        page.wait_for_selector(".tj-card[data-model=ppo][data-done]")
+        # All is answered anew. That a card is gone lasts no longer than an answer takes; that it is another one stays.
+        page.wait_for_selector(".tj-card[data-model=ppo][data-done]:not([data-before])")
+        assert page.locator(".tj-card[data-before]").count() == 0
         assert page.input_value("#emotion input") == ("disgust" if felt != "disgust" else "joy")
         assert page.locator(".tj-you").count() == 1 and page.locator(".tj-card").count() == 3
 
