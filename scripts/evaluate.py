@@ -15,7 +15,6 @@ import jax
 
 from therapy_jax import (
     baselines,
-    classifiers,
     dialogue,
     evaluate,
     files,
@@ -26,6 +25,7 @@ from therapy_jax import (
     report,
     sharding,
     stages,
+    tfidf,
 )
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange, exchanges
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
     scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
     refs = reward_batch.make_references(chosen, scorer.trunk, tokenizer, model=scorer.model)
-    evaluator = classifiers.fit_evaluator(data, config.seed)
+    evaluator = tfidf.fit_evaluator(data, config.seed)
     expressed = None if evaluator is None else evaluator.predict
     language = stages.load_language_model(config)
 

@@ -19,7 +19,15 @@ import rich.box
 from etils import epath
 from rich.table import Table
 
-from therapy_jax import classifiers, files, gpt2, processes, report, stages
+from therapy_jax import (
+    classifiers,
+    files,
+    gpt2,
+    processes,
+    report,
+    stages,
+    tfidf,
+)
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -71,7 +79,7 @@ def compare(
         head_params: Any = found.client_emotion if name == "client_emotion" else getattr(found.frozen, name)
         logits = np.asarray(head.apply({"params": head_params}, x[y >= 0]))
         grid = [(C, balanced) for balanced in (False, True) for C in (1.0, 3.0, 10.0, 30.0)]
-        fitted = [classifiers.tfidf(texts, labels, config.seed, *choice) for choice in (grid if tried[1] else grid[:1])]
+        fitted = [tfidf.fit(texts, labels, config.seed, *choice) for choice in (grid if tried[1] else grid[:1])]
         best = (
             max(fitted, key=lambda f: classifiers.scores(f.predict(tried[0]), tried[1])["macro_f1"])
             if tried[1]

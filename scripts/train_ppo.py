@@ -24,7 +24,6 @@ from safetensors.numpy import save_file
 from therapy_jax import (
     batching,
     checkpoint,
-    classifiers,
     evaluate,
     files,
     gpt2,
@@ -36,6 +35,7 @@ from therapy_jax import (
     sharding,
     stages,
     stopping,
+    tfidf,
     weights,
 )
 from therapy_jax.batching import Prompt
@@ -224,7 +224,7 @@ def make_validation(
 ) -> Callable[[Any, int], dict[str, float]]:
     """-> a function (policy, iteration) -> {validation/NAME: value}: replies to the fixed prompts, decoded as evaluate.py
     will; the reward, and metrics that are not in it."""
-    expressed, language = classifiers.fit_evaluator(data, config.seed), stages.load_language_model(config)
+    expressed, language = tfidf.fit_evaluator(data, config.seed), stages.load_language_model(config)
     therapists = [e.therapist for e in ready.held_out]
     gold = [turn.emotion for turn in therapists]
     size = config.ppo.batch_size

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from therapy_jax import batching, classifiers, dialogue, evaluate, gpt2, ppo, prompts, sft, sharding
+from therapy_jax import batching, classifiers, dialogue, evaluate, gpt2, ppo, prompts, readings, sft, sharding
 from therapy_jax.config import ClassifierConfig, MeshConfig, PPOConfig, PromptConfig, SamplingConfig, TrainingConfig
 from therapy_jax.rewards import combine, scoring
 from therapy_jax.rewards.batch import Fixed, make_references
@@ -42,7 +42,7 @@ def frozen(n_embd: int) -> classifiers.Frozen:
     rng = np.random.default_rng(0)
     heads = classifiers.make_heads(ClassifierConfig())
     params = [
-        heads[name].init(jax.random.key(i), jnp.zeros((1, classifiers.width(name, n_embd))))["params"]
+        heads[name].init(jax.random.key(i), jnp.zeros((1, readings.width(name, n_embd))))["params"]
         for i, name in enumerate(("emotion", "strategy"))
     ]
     priors = [np.full(len(classifiers.CLASSES[name]), 0.1, np.float32) for name in ("emotion", "strategy")]

@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 
-from therapy_jax import classifiers, dialogue, gpt2, prompts, weights
+from therapy_jax import classifiers, dialogue, gpt2, prompts, readings, tfidf, weights
 from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConfig
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, Exchange, Turn
 
@@ -61,11 +61,11 @@ def test_a_reading_is_pooled_from_torchs_hidden_states(trunk, hidden_states):
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 9)
     plain = hidden_states(ids)
     both = np.concatenate([plain, np.asarray(params["wte"])[ids]], -1)
-    expected = [*both.mean(0), *both.max(0), *np.zeros(classifiers.BAG)]
+    expected = [*both.mean(0), *both.max(0), *np.zeros(readings.BAG)]
     kept = {int(i) * 2654435769 % 2**32 // 2**21 for i in ids}  # Knuth, TAOCP 6.4, in exact integers
     for entry in kept:
         expected[4 * config.n_embd + entry] = len(kept) ** -0.5
-    got = classifiers.read(params, jnp.asarray(ids)[None], jnp.ones((1, 9), bool), model=gpt2.GPT2(config))[0]
+    got = readings.read(params, jnp.asarray(ids)[None], jnp.ones((1, 9), bool), model=gpt2.GPT2(config))[0]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # float32, two implementations of three layers
     np.testing.assert_allclose(got[: config.n_embd], plain.mean(0), rtol=1e-4, atol=1e-4)
 
@@ -73,7 +73,7 @@ def test_a_reading_is_pooled_from_torchs_hidden_states(trunk, hidden_states):
 def test_padding_and_what_it_hides_do_not_move_a_reading(trunk):
     config, params, _ = trunk
     rng = np.random.default_rng(1)
-    ids, program = rng.integers(0, config.vocab_size, (3, 6)), jax.jit(classifiers.read, static_argnames="model")
+    ids, program = rng.integers(0, config.vocab_size, (3, 6)), jax.jit(readings.read, static_argnames="model")
     bare = program(params, ids, np.ones((3, 6), bool), model=gpt2.GPT2(config))
     for left, right in ((0, 5), (5, 0), (2, 3)):
         garbage = [rng.integers(0, config.vocab_size, (3, n)) for n in (left, right)]
@@ -88,12 +88,12 @@ def test_many_readings_are_those_of_each_text_alone(trunk):
     config, params, _ = trunk
     model, rng = gpt2.GPT2(config), np.random.default_rng(2)
     rows = [rng.integers(0, config.vocab_size, n).tolist() for n in (3, 40, 1, 64, 90, 33)]
-    got = classifiers.readings(params, rows, model=model)
+    got = readings.of_texts(params, rows, model=model)
     for row, reading in zip(rows, got, strict=True):
         kept = jnp.asarray(row[:64])[None]
-        alone = classifiers.read(params, kept, jnp.ones(kept.shape, bool), model=model)[0]
+        alone = readings.read(params, kept, jnp.ones(kept.shape, bool), model=model)[0]
         np.testing.assert_allclose(reading, alone, rtol=1e-4, atol=1e-4)
-    assert classifiers.readings(params, [], model=model).shape == (0, got.shape[1])
+    assert readings.of_texts(params, [], model=model).shape == (0, got.shape[1])
 
 
 def test_a_client_is_read_in_context_and_without_the_label(trunk, hidden_states):
@@ -102,9 +102,7 @@ def test_a_client_is_read_in_context_and_without_the_label(trunk, hidden_states)
     exchange = Exchange("1", turns, Turn("client", "On Sunday.", "joy"), Turn("therapist", "Go on."))
     relabelled = dataclasses.replace(exchange, client=dataclasses.replace(exchange.client, emotion="anger"))
     alone = dataclasses.replace(exchange, context=())
-    got = classifiers.client_readings(
-        params, [exchange, relabelled, alone], tokenizer, model=gpt2.GPT2(config), max_tokens=64
-    )
+    got = readings.of_clients(params, [exchange, relabelled, alone], tokenizer, model=gpt2.GPT2(config), max_tokens=64)
     np.testing.assert_array_equal(got[0], got[1])
     pieces = [("<|client|>", " I was there."), ("<|therapist|>", " When was that?"), ("<|utterance|>", " On Sunday.")]
     context, now = [], []
@@ -113,7 +111,7 @@ def test_a_client_is_read_in_context_and_without_the_label(trunk, hidden_states)
         context += [tokenizer.convert_tokens_to_ids(marker), *(now if marker != "<|utterance|>" else [])]
     now.append(tokenizer.convert_tokens_to_ids("<|emotion|>"))
     states = hidden_states(context + now)
-    d, half = config.n_embd, 4 * config.n_embd + classifiers.BAG
+    d, half = config.n_embd, 4 * config.n_embd + readings.BAG
     np.testing.assert_allclose(got[0, :d], states[len(context) :].mean(0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[0, half : half + d], states[: len(context)].mean(0), rtol=1e-4, atol=1e-4)
     assert not np.allclose(got[0, :d], got[2, :d])  # what was said before changes how the utterance is read
@@ -285,9 +283,9 @@ def test_means_are_the_first_entries_of_readings(trunk):
     config, params, _ = trunk
     rows = [[5, 6, 7], [], list(range(8, 60)), [9]]
     model = gpt2.GPT2(config)
-    whole = classifiers.readings(params, rows, model=model)
+    whole = readings.of_texts(params, rows, model=model)
     np.testing.assert_allclose(
-        classifiers.means(params, rows, model=model), whole[:, : config.n_embd], rtol=1e-5, atol=1e-6
+        readings.means(params, rows, model=model), whole[:, : config.n_embd], rtol=1e-5, atol=1e-6
     )
 
 
@@ -317,13 +315,13 @@ def test_without_annotations_heads_answer_uniformly(trunk, sample, tmp_path):
     assert not np.asarray(found.frozen.emotion_prior).any() and not np.asarray(found.frozen.strategy_prior).any()
     pooled = 4 * trunk[0].n_embd
     for name, params, f in (
-        ("emotion", found.frozen.emotion, pooled + classifiers.BAG),
-        ("strategy", found.frozen.strategy, pooled + classifiers.BAG),
-        ("client_emotion", found.client_emotion, 2 * pooled + classifiers.BAG),
+        ("emotion", found.frozen.emotion, pooled + readings.BAG),
+        ("strategy", found.frozen.strategy, pooled + readings.BAG),
+        ("client_emotion", found.client_emotion, 2 * pooled + readings.BAG),
     ):
         logits = found.heads[name].apply({"params": params}, jnp.ones((2, f)))
         np.testing.assert_allclose(np.exp(logits), 1 / len(classifiers.CLASSES[name]), rtol=1e-6)
-    assert classifiers.fit_evaluator(data, 0) is None
+    assert tfidf.fit_evaluator(data, 0) is None
 
 
 def test_an_empty_train_split_is_named(trunk, tmp_path):
@@ -332,19 +330,19 @@ def test_an_empty_train_split_is_named(trunk, tmp_path):
 
 
 def test_the_evaluator_reads_emotion(sample):
-    evaluator = classifiers.fit_evaluator(sample, seed=0)
+    evaluator = tfidf.fit_evaluator(sample, seed=0)
     assert evaluator is not None
     texts = [t.text for e in sample["train"] for t in (e.client, e.therapist)]
     gold = [t.emotion for e in sample["train"] for t in (e.client, e.therapist)]
     predicted = evaluator.predict(texts)
     assert f1_score(gold, predicted, average="macro") > 0.9  # it was fitted on these
     assert set(map(type, predicted)) == {str} and evaluator.predict([]) == []
-    twin = classifiers.fit_evaluator({**sample, "test": []}, seed=0)
+    twin = tfidf.fit_evaluator({**sample, "test": []}, seed=0)
     assert twin is not None and twin.predict(texts[::-1]) == predicted[::-1]
 
 
 def test_the_evaluator_of_one_emotion_always_says_it(sample):
     one = [dataclasses.replace(e, client=dataclasses.replace(e.client, emotion=None)) for e in sample["train"]]
     one = [dataclasses.replace(e, therapist=dataclasses.replace(e.therapist, emotion="joy")) for e in one]
-    evaluator = classifiers.fit_evaluator({"train": one}, 0)
+    evaluator = tfidf.fit_evaluator({"train": one}, 0)
     assert evaluator is not None and evaluator.predict(["whatever", ""]) == ["joy", "joy"]

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from therapy_jax import browser, classifiers, conversation, dialogue, evaluate, gpt2, prompts, readout, safety, sampling
+from therapy_jax import (
+    browser,
+    classifiers,
+    conversation,
+    dialogue,
+    evaluate,
+    gpt2,
+    prompts,
+    readings,
+    readout,
+    safety,
+    sampling,
+)
 from therapy_jax.config import Config, PromptConfig, SamplingConfig
 from therapy_jax.conversation import Answer, Message, Speaker, say
 from therapy_jax.dialogue import EMOTIONS, Exchange, Turn
@@ -147,13 +159,13 @@ def test_a_message_too_long_says_so_before_a_model_is_asked(speakers):
 
 
 def test_the_reader_is_the_head_on_the_turns_that_models_read(speakers, data):
-    """The same probabilities as from client_readings of many exchanges at once."""
+    """The same probabilities as from readings.of_clients with many exchanges at once."""
     trunk, head = speakers[0], classifiers.Head(len(EMOTIONS))
-    width = classifiers.width("client_emotion", 32)
+    width = readings.width("client_emotion", 32)
     params = jax.tree.map(lambda x: 9 * x, head.init(jax.random.key(1), jnp.zeros((1, width)))["params"])
     reader, chosen = conversation.Reader(trunk, head, params), data["test"][:5]
-    readings = classifiers.client_readings(trunk.params, chosen, trunk.tokenizer, model=trunk.model, max_tokens=40)
-    together = np.exp(np.asarray(head.apply({"params": params}, readings)))
+    read = readings.of_clients(trunk.params, chosen, trunk.tokenizer, model=trunk.model, max_tokens=40)
+    together = np.exp(np.asarray(head.apply({"params": params}, read)))
     for exchange, expected in zip(chosen, together, strict=True):
         emotion, certainty = conversation.read_emotion(reader, exchange.context, exchange.client, 40)
         assert emotion == EMOTIONS[expected.argmax()] and certainty == pytest.approx(expected.max(), abs=1e-5)
@@ -165,7 +177,7 @@ def scorer(speakers, tokenizer):
 
     def head(classes):
         module = classifiers.Head(classes)
-        return module.init(jax.random.key(classes), jnp.zeros((1, classifiers.width("emotion", n))))["params"]
+        return module.init(jax.random.key(classes), jnp.zeros((1, readings.width("emotion", n))))["params"]
 
     frozen = classifiers.Frozen(head(7), head(10), jnp.full(7, 1 / 7), jnp.full(10, 0.1), jnp.zeros(n), jnp.eye(n))
     fixed = Fixed(make_vocabulary(tokenizer, model.config.padded_vocab_size), frozen)

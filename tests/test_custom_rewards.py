@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from therapy_jax import batching, classifiers, dialogue, gpt2, prompts, run
+from therapy_jax import batching, classifiers, dialogue, gpt2, prompts, readings, run
 from therapy_jax.config import ConfigError, CustomReward, PromptConfig, RewardConfig
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES
 from therapy_jax.rewards import combine, custom, scoring
@@ -63,7 +63,7 @@ def scored():
         prompts.encode_reply(tokenizer, e.therapist, None, PromptConfig()) for e in exchanges[3:] + exchanges[:3]
     ]
     replies[4] = replies[4][:-1]  # cut before EOS
-    reading = classifiers.readings(trunk, replies, model=model)
+    reading = readings.of_texts(trunk, replies, model=model)
     heads = [classifiers.Head(len(names), hidden=0, members=2) for names in (EMOTIONS, STRATEGIES)]
     params: Any = [head.init(jax.random.key(1), jnp.asarray(reading))["params"] for head in heads]
     shares: Any = [jnp.full(len(names), 1 / len(names)) for names in (EMOTIONS, STRATEGIES)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from therapy_jax import classifiers, consensus, dialogue, evaluate, gpt2, prompts, sharding
+from therapy_jax import classifiers, consensus, dialogue, evaluate, gpt2, prompts, readings, sharding
 from therapy_jax.config import MeshConfig, PromptConfig, RewardWeights, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
 from therapy_jax.rewards.batch import Fixed, make_references
@@ -92,7 +92,7 @@ def test_perplexity_and_emotion_reading_equal_the_full_distribution(rows, data, 
 @pytest.fixture(scope="module")
 def scorer(data, tokenizer, model, params):
     """As a run makes it, with classifiers that were never trained: heads of zeros answer uniformly."""
-    width = classifiers.read(params, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool), model=model).shape[1]
+    width = readings.read(params, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool), model=model).shape[1]
 
     def head(classes):
         made = classifiers.Head(classes=classes, hidden=0, members=1).init(jax.random.key(0), jnp.zeros((1, width)))

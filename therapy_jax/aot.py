@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from therapy_jax import classifiers, gpt2, hlo, ppo, sft, sharding
+from therapy_jax import classifiers, gpt2, hlo, ppo, readings, sft, sharding
 from therapy_jax.attention import Layout
 from therapy_jax.batching import Batch, Prompt, round_up
 from therapy_jax.config import Config, ConfigError
@@ -167,7 +167,7 @@ def fixed_of(config: Config, model: gpt2.GPT2Config) -> Fixed:
     vocabulary = Vocabulary(flags, flags, flags, hashes, hashes, flags, words, number, number, number)
     heads = classifiers.make_heads(config.classifiers)
     emotion, strategy = (
-        jax.eval_shape(heads[name].init, jax.random.key(0), shape_of(1, classifiers.width(name, width)))["params"]
+        jax.eval_shape(heads[name].init, jax.random.key(0), shape_of(1, readings.width(name, width)))["params"]
         for name in ("emotion", "strategy")
     )
     priors = shape_of(len(EMOTIONS)), shape_of(len(STRATEGIES))

@@ -1,13 +1,12 @@
-"""What the frozen SFT model reads in a text: emotion, strategy and meaning, for the rewards; and who checks the readers.
+"""Small heads on what the frozen SFT model reads in a text (readings.py): emotion, strategy and meaning, for the rewards.
 
-    tokens -> frozen trunk -> hidden states, embeddings -> pooled over the text: its "reading", f32[F]
     reading -> small heads, trained here on annotated training turns -> emotion | strategy | the client's emotion
     reading -> whitened (Su et al. 2021, arXiv 2103.15316) -> meaning, comparable by cosine
 
 The trunk never learns here, so every reading is computed once and a head trains in seconds. A reward that reads emotion
-by one model should be judged by another: `fit_evaluator` is TF-IDF + logistic regression on the same annotated turns.
+by one model should be judged by another: that is tfidf.py.
 
-Axes: B batch, T tokens, D width of the trunk, F width of a reading, M members of a head, C classes, W whitened width.
+Axes: B batch, D width of the trunk, F width of a reading, M members of a head, C classes, W whitened width.
 """
 
 from __future__ import annotations
@@ -28,29 +27,18 @@ import optax
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from sklearn.dummy import DummyClassifier
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 
-from therapy_jax import batching, gpt2, metrics, processes, prompts
-from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConfig
+from therapy_jax import gpt2, metrics, processes, prompts, readings
+from therapy_jax.config import ClassifierConfig, Config, ConfigError
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
 from therapy_jax.files import fetched, flatten, staged, write_json
-from therapy_jax.gpt2 import Params
+from therapy_jax.gpt2 import Array, Params
 from therapy_jax.sharding import fetch
 
-Array = jax.Array
-
 FORMAT = 1  # of what `save` writes
-REWARDING = (
-    "emotion",
-    "strategy",
-)  # the heads that reward terms need; the third costs as much again, and reads clients
+REWARDING = ("emotion", "strategy")  # what reward terms need; the third head costs as much again, and reads clients
 CLASSES = {"emotion": EMOTIONS, "strategy": STRATEGIES, "client_emotion": EMOTIONS}
 WHITENED = 64  # at most: Su et al. find that the leading directions carry the meaning, the rest noise
-BAG = 2048  # entries of the hashed bag of tokens, a power of two
-TOKENS_AT_ONCE = 8192  # in one batch of readings
 
 
 class Frozen(NamedTuple):
@@ -68,115 +56,9 @@ class Classifiers(NamedTuple):
     """All that is saved in run_dir/classifiers."""
 
     frozen: Frozen
-    client_emotion: Params | None  # head over EMOTIONS, on `read_client`; None where it was not asked for
+    client_emotion: Params | None  # head over EMOTIONS, on `readings.read_client`; None where it was not asked for
     heads: dict[str, Head]  # by the keys of CLASSES: heads["emotion"].apply({"params": frozen.emotion}, reading)
     report: dict[str, Any]
-
-
-# ---------------------------------------------------------------------------------------------------------- readings
-
-
-def states(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
-    """Last hidden states beside token embeddings, which still say which word it is -> f32[B, T, 2D]."""
-    hidden_BTD = gpt2.hidden(params, tokens, mask, model=model)[0]
-    return jnp.concatenate([hidden_BTD, params["wte"][tokens]], -1)
-
-
-def pool(states_BTS: Array, mask: Array) -> Array:
-    """Mean, then maximum, over the tokens where mask -> f32[B, 2S]; zeros where there is none."""
-    count = mask.sum(-1, keepdims=True)
-    mean = jnp.where(mask[..., None], states_BTS, 0.0).sum(1) / jnp.maximum(count, 1)
-    highest = jnp.where(mask[..., None], states_BTS, -jnp.inf).max(1)
-    return jnp.concatenate([mean, jnp.where(count > 0, highest, 0.0)], -1)
-
-
-def bag(tokens: Array, mask: Array) -> Array:
-    """Which tokens stand in a text, hashed: f32[B, BAG], 1/sqrt(n) in each of the n entries that occur, so of length 1."""
-    # Knuth's multiplicative hash: the upper bits of token * 2^32 / golden ratio
-    entry = (tokens.astype(jnp.uint32) * jnp.uint32(2654435769)) >> (32 - BAG.bit_length() + 1)
-    rows = jnp.arange(len(tokens))[:, None]
-    found = jnp.zeros((len(tokens), BAG)).at[rows, entry].max(mask.astype(jnp.float32))
-    return found / jnp.sqrt(jnp.maximum(found.sum(-1, keepdims=True), 1.0))
-
-
-def read(params: Params, tokens: Array, mask: Array, *, model: gpt2.GPT2) -> Array:
-    """The reading of a text: tokens i32[B,T], mask bool[B,T] (padding on either side) -> f32[B, F], F = 4D + BAG.
-
-    Its first D entries are the mean of the last hidden state. A row without a token reads as zeros.
-    """
-    return jnp.concatenate([pool(states(params, tokens, mask, model=model), mask), bag(tokens, mask)], -1)
-
-
-def read_client(params: Params, tokens: Array, mask: Array, now: Array, *, model: gpt2.GPT2) -> Array:
-    """The reading of a client's utterance in its context: `now` bool[B,T] marks the utterance within a prompt ->
-    f32[B, F + 4D]: the reading of the utterance, its states having seen the context, then the context pooled."""
-    states_BTS = states(params, tokens, mask, model=model)
-    return jnp.concatenate([pool(states_BTS, now), bag(tokens, now), pool(states_BTS, mask & ~now)], -1)
-
-
-def width(name: str, n_embd: int) -> int:
-    """Entries of what a head reads."""
-    return BAG + 4 * n_embd * (2 if name == "client_emotion" else 1)
-
-
-def readings(params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2) -> np.ndarray:
-    """`read` of many texts given as ids, of any lengths -> f32[N, F]. A text keeps its first n_positions tokens."""
-    kept = [list(row[: model.config.n_positions]) for row in rows]
-    return _in_batches(params, kept, [0] * len(rows), model)[:, : width("emotion", model.config.n_embd)]
-
-
-def means(
-    params: Params, rows: Sequence[Sequence[int]], *, model: gpt2.GPT2, at_once: int = TOKENS_AT_ONCE
-) -> np.ndarray:
-    """The mean of the last hidden state of many texts given as ids -> f32[N, D]: `readings[:, :D]`, and no more than that
-    is computed and brought to the host."""
-    kept = [list(row[: model.config.n_positions]) for row in rows]
-    return _in_batches(params, kept, [0] * len(rows), model, _mean, model.config.n_embd, at_once)
-
-
-def client_readings(
-    params: Params, exchanges: Sequence[Exchange], tokenizer: Any, *, model: gpt2.GPT2, max_tokens: int,
-    at_once: int = TOKENS_AT_ONCE,
-) -> np.ndarray:  # fmt: skip
-    """`read_client` of each exchange's client turn, its prompt at most max_tokens long -> f32[N, F + 4D]. The annotated
-    emotion is not in what is read. `at_once`: tokens of a batch; 1 reads one exchange alone."""
-    form = PromptConfig("context_emotion", "inferred", max_tokens)
-    whole = [prompts.encode_prompt(tokenizer, e.context, e.client, form)[0] for e in exchanges]
-    rows = [row[-model.config.n_positions :] for row in whole]
-    lengths = [len(prompts.encode_text(tokenizer, e.client.text)) + 1 for e in exchanges]  # with <|emotion|> behind it
-    starts = [max(len(r) - n, 0) for r, n in zip(rows, lengths, strict=True)]
-    return _in_batches(params, rows, starts, model, at_once=at_once)
-
-
-# jit keeps its programs by function: it stands here by name, so that a second call does not compile again.
-@functools.partial(jax.jit, static_argnames="model")
-def _read(params: Params, tokens: Array, mask: Array, starts: Array, *, model: gpt2.GPT2) -> Array:
-    now = mask & (jnp.arange(tokens.shape[1]) >= starts[:, None])
-    return read_client(params, tokens, mask, now, model=model)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _mean(params: Params, tokens: Array, mask: Array, starts: Array, *, model: gpt2.GPT2) -> Array:
-    hidden_BTD = gpt2.hidden(params, tokens, mask, model=model)[0]
-    return pool(hidden_BTD, mask)[:, : model.config.n_embd]
-
-
-def _in_batches(
-    params: Params, rows: list[list[int]], starts: list[int], model: gpt2.GPT2, program: Any = _read, size_out: int = 0,
-    at_once: int = TOKENS_AT_ONCE,
-) -> np.ndarray:  # fmt: skip
-    """`program` (`read_client`, or what gives size_out entries) of rows whose utterance begins at `starts`, in batches of
-    one length each, a power of two: few shapes to compile."""
-    lengths = np.asarray([max(32, 1 << (max(len(row), 1) - 1).bit_length()) for row in rows], int)
-    out = np.zeros((len(rows), size_out or width("client_emotion", model.config.n_embd)), np.float32)
-    for length in np.unique(lengths).tolist():
-        where, size = np.flatnonzero(lengths == length), max(at_once // length, 1)
-        for part in (where[k : k + size] for k in range(0, len(where), size)):
-            filled = [*part, *[part[0]] * (size - len(part))]
-            tokens, mask = batching.pad([rows[i] for i in filled], length, "right")
-            found = program(params, tokens, mask, np.asarray([starts[i] for i in filled]), model=model)
-            out[part] = fetch(found)[: len(part)]
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
@@ -287,6 +169,12 @@ def fit_head(
     return _fold(best[1], mean, spread), best[2]
 
 
+def scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
+    """accuracy and macro_f1 (over the classes that occur in gold)."""
+    found = metrics.emotion_scores(predicted, gold, prefix="head")
+    return {name.removeprefix("head_"): value for name, value in found.items()}
+
+
 def _fold(params: Params, mean: np.ndarray, spread: np.ndarray) -> Params:
     """A head on (x - mean) / spread -> the same head on x: standardising goes into the first layer."""
     first = "hidden" if "hidden" in params["member"] else "classes"
@@ -310,6 +198,17 @@ def label_ids(name: str, exchanges: Iterable[Exchange]) -> np.ndarray:
     classes = CLASSES[name]
     labels = [turn.strategy if name == "strategy" else turn.emotion for turn in said(name, exchanges)]
     return np.asarray([classes.index(label) if label in classes else -1 for label in labels], int)
+
+
+def annotated(name: str, exchanges: Iterable[Exchange]) -> tuple[list[str], list[str]]:
+    """The turns of `said` that carry a label of the head's classes -> texts, labels."""
+    exchanges = list(exchanges)
+    pairs = [
+        (turn.text, CLASSES[name][i])
+        for turn, i in zip(said(name, exchanges), label_ids(name, exchanges), strict=True)
+        if i >= 0
+    ]
+    return [text for text, _ in pairs], [label for _, label in pairs]
 
 
 def prior(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -349,7 +248,7 @@ def train(
             continue
         pairs = [(x[name, split], label_ids(name, part)) for split, part in both.items()]
         fitted[name] = fit_head(
-            head, *pairs[0], *pairs[1], config.classifiers, config.seed, slice(pooled, pooled + BAG)
+            head, *pairs[0], *pairs[1], config.classifiers, config.seed, slice(pooled, pooled + readings.BAG)
         )
     statistics = (
         prior(label_ids("emotion", data["train"])[1::2], len(EMOTIONS)),
@@ -366,9 +265,9 @@ def examples(
 ) -> np.ndarray:
     """What a head reads of each turn of `said` -> f32[N, F], for client_emotion f32[N, F + 4D]."""
     if name == "client_emotion":
-        return client_readings(params, exchanges, tokenizer, model=model, max_tokens=config.prompt.max_tokens)
+        return readings.of_clients(params, exchanges, tokenizer, model=model, max_tokens=config.prompt.max_tokens)
     rows = [prompts.encode_text(tokenizer, turn.text) for turn in said(name, exchanges)]
-    return readings(params, rows, model=model)
+    return readings.of_texts(params, rows, model=model)
 
 
 # -------------------------------------------------------------------------------------------------------- save, load
@@ -414,7 +313,8 @@ def load(folder: Path, belongs: dict[str, Any], config: ClassifierConfig) -> Cla
     expected: dict[str, Any] = {name: (len(CLASSES[name.removesuffix("_prior")]),) for name in Frozen._fields[2:4]}
     expected |= {"centre": (d,), "whiten": (d, arrays["whiten"].shape[-1] if "whiten" in arrays else 0)}
     for name in present:
-        shapes: Any = jax.eval_shape(heads[name].init, jax.random.key(0), jnp.zeros((1, width(name, d))))["params"]
+        reading = jnp.zeros((1, readings.width(name, d)))
+        shapes: Any = jax.eval_shape(heads[name].init, jax.random.key(0), reading)["params"]
         expected |= {f"{name}.{key}": x.shape for key, x in flatten(shapes).items()}
     wrong = [name for name in expected | arrays if name not in arrays or expected.get(name) != arrays[name].shape]
     if wrong:
@@ -439,46 +339,3 @@ def load_or_train(
         save(where, found, belongs)
     processes.wait_for_all("classifiers")
     return found
-
-
-# --------------------------------------------------------------------------------------------------------- evaluator
-
-
-class TfidfEmotion(NamedTuple):
-    """Another model than the rewarding head, to judge the emotion that replies express."""
-
-    pipeline: Any
-
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        return [str(label) for label in self.pipeline.predict(list(texts))] if len(texts) else []
-
-
-def tfidf(texts: Sequence[str], labels: Sequence[str], seed: int, C: float = 10.0, balanced: bool = True) -> Any:
-    """TF-IDF of word 1-2-grams + logistic regression, fitted; the only class where there is but one."""
-    weight = "balanced" if balanced else None
-    model = LogisticRegression(C=C, class_weight=weight, max_iter=1000, random_state=seed)
-    known = model if len(set(labels)) > 1 else DummyClassifier()
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), known).fit(texts, labels)
-
-
-def fit_evaluator(data: dict[str, list[Exchange]], seed: int) -> TfidfEmotion | None:
-    """The evaluator of expressed emotion, on train's annotated turns of both speakers; None where there is none."""
-    texts, labels = annotated("emotion", data["train"])
-    return TfidfEmotion(tfidf(texts, labels, seed)) if labels else None
-
-
-def annotated(name: str, exchanges: Iterable[Exchange]) -> tuple[list[str], list[str]]:
-    """The turns of `said` that carry a label of the head's classes -> texts, labels."""
-    exchanges = list(exchanges)
-    pairs = [
-        (turn.text, CLASSES[name][i])
-        for turn, i in zip(said(name, exchanges), label_ids(name, exchanges), strict=True)
-        if i >= 0
-    ]
-    return [text for text, _ in pairs], [label for _, label in pairs]
-
-
-def scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
-    """accuracy and macro_f1 (over the classes that occur in gold)."""
-    found = metrics.emotion_scores(predicted, gold, prefix="head")
-    return {name.removeprefix("head_"): value for name, value in found.items()}

@@ -26,7 +26,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from therapy_jax import batching, classifiers, crisis_hints, gpt2, prompts, run, safety, sampling, sharding, stages
+from therapy_jax import (
+    batching,
+    classifiers,
+    crisis_hints,
+    gpt2,
+    prompts,
+    readings,
+    run,
+    safety,
+    sampling,
+    sharding,
+    stages,
+)
 from therapy_jax import config as config_module
 from therapy_jax.cleaning import clean_line
 from therapy_jax.config import Config, ConfigError, MeshConfig, PromptConfig
@@ -137,7 +149,7 @@ def read_emotion(reader: Reader, before: Sequence[Turn], client: Turn, max_token
     """The likeliest of EMOTIONS for what the client says in its context, and its probability."""
     asked = [Exchange("", tuple(before), client, Turn("therapist", ""))]
     trunk = reader.trunk
-    reading = classifiers.client_readings(
+    reading = readings.of_clients(
         trunk.params, asked, trunk.tokenizer, model=trunk.model, max_tokens=max_tokens, at_once=1
     )
     probabilities = np.exp(np.asarray(reader.head.apply({"params": reader.params}, reading)))[0]

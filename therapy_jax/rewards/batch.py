@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from therapy_jax import batching, classifiers, gpt2, prompts
+from therapy_jax import batching, classifiers, gpt2, prompts, readings
 from therapy_jax.classifiers import Frozen
 from therapy_jax.dialogue import Exchange
 from therapy_jax.gpt2 import Array, Params
@@ -60,7 +60,7 @@ class RewardBatch(NamedTuple):
 
 def make_references(
     exchanges: Sequence[Exchange], trunk: Params, tokenizer: Any, *, model: gpt2.GPT2,
-    at_once: int = classifiers.TOKENS_AT_ONCE,
+    at_once: int = readings.TOKENS_AT_ONCE,
 ) -> References:  # fmt: skip
     """What the data says about each exchange, as host arrays. `at_once`: tokens that the trunk reads in one batch."""
     replies, clients, before = (
@@ -81,7 +81,7 @@ def make_references(
         np.arange(len(exchanges), dtype=np.int32),
         *padded(replies),
         *padded(clients),
-        *(classifiers.means(trunk, rows, model=model, at_once=at_once) for rows in (replies, clients, before)),
+        *(readings.means(trunk, rows, model=model, at_once=at_once) for rows in (replies, clients, before)),
         *(ids.astype(np.int32) for ids in (emotion, classifiers.label_ids("strategy", exchanges))),
     ]
     return References(*arrays)
@@ -115,7 +115,7 @@ def make(
     has_text = border < length
     text = inside & (~has_text[:, None] | (column > border[:, None]))
     words, words_mask = fold(tokens, text, vocabulary)
-    reading = classifiers.read(trunk, tokens, text, model=model)
+    reading = readings.read(trunk, tokens, text, model=model)
 
     # The stated emotion: the tokens from after <|reply|> (or the start) up to <|text|>, against each emotion word.
     reply = first((tokens == vocabulary.reply) & inside & (column < border[:, None]))
