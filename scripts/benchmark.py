@@ -52,7 +52,7 @@ from benchmark_rows import (
 )
 from rich.console import Console
 
-from therapy_jax import files, run
+from therapy_jax import files, logs
 from therapy_jax.dialogue import DataError
 from therapy_jax.locate import WeightsError
 from therapy_jax.run import console, escape
@@ -308,11 +308,11 @@ def measure_startup(settings: Settings) -> dict[str, Any]:
 
     def seconds_to_first_iteration(cache: str) -> float:
         shutil.rmtree(run_dir / "ppo", ignore_errors=True)
-        run.take_up(run_dir, "ppo", -1)
+        logs.take_up(run_dir, "ppo", -1)
         began = time.perf_counter()
         process = launch("train_ppo", cache)
         try:
-            while not any((line["stage"], line["step"]) == ("ppo", 1) for line in run.read_log(log)):
+            while not any((line["stage"], line["step"]) == ("ppo", 1) for line in logs.read_log(log)):
                 if process.poll() is not None:
                     raise BenchmarkError(
                         f"train_ppo.py ended with code {process.returncode} before its first iteration"

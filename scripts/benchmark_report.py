@@ -14,7 +14,7 @@ import numpy as np
 from benchmark_agree import Check
 from rich.table import Table
 
-from therapy_jax import run
+from therapy_jax import logs
 from therapy_jax.run import console, escape
 
 KEPT_SHARE = 0.6  # of the kept ratio; --quick fails below it. Two cores shared with others are that noisy
@@ -116,7 +116,7 @@ def hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "commit": run.commit(),
+        "commit": logs.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

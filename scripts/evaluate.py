@@ -19,6 +19,7 @@ from therapy_jax import (
     evaluate,
     files,
     gpt2,
+    logs,
     metrics,
     processes,
     prompts,
@@ -118,7 +119,7 @@ def main(config: Config) -> None:
     if processes.is_writer():
         files.write_json(folder / "results.json", results)
         files.write_json(folder / "answers.json", answers)
-    run.note_environment(folder, "evaluate", time.monotonic() - began)
+    logs.note_environment(folder, "evaluate", time.monotonic() - began)
     console.print(evaluate.table(results))
     for name, differences in results["comparisons"].items():
         shown = ", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in differences.items())

@@ -19,15 +19,7 @@ import rich.box
 from etils import epath
 from rich.table import Table
 
-from therapy_jax import (
-    classifiers,
-    files,
-    gpt2,
-    processes,
-    report,
-    stages,
-    tfidf,
-)
+from therapy_jax import classifiers, files, gpt2, logs, processes, report, stages, tfidf
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -56,7 +48,7 @@ def main(config: Config) -> None:
     known = json.loads((where / "report.json").read_text(encoding="utf-8"))
     if processes.is_writer():
         files.write_json(where / "report.json", {**known, "test": tested})
-    run.note_environment(folder, "classifiers", seconds)
+    logs.note_environment(folder, "classifiers", seconds)
     console.print(table(tested))
     console.print(f"written: {run.escape(str(where))}")
 

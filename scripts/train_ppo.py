@@ -27,6 +27,7 @@ from therapy_jax import (
     evaluate,
     files,
     gpt2,
+    logs,
     metrics,
     ppo,
     processes,
@@ -92,8 +93,8 @@ def main(config: Config) -> None:
     manager = checkpoint.manager(folder / "ppo" / "checkpoints", mode, scores)
     restored = checkpoint.restore(manager, state, belongs_to, say=run.warn)
     state, done, unlogged = restored or (state, 0, None)
-    lines = run.take_up(folder, "ppo", done if restored else -1)
-    run.take_up(folder, "ppo", done if done in lines else done - 1, "samples.jsonl")
+    lines = logs.take_up(folder, "ppo", done if restored else -1)
+    logs.take_up(folder, "ppo", done if done in lines else done - 1, "samples.jsonl")
     scores |= {step: line[best_metric] for step, line in lines.items() if best_metric in line}
 
     def beyond(kl: float) -> bool:
@@ -110,13 +111,13 @@ def main(config: Config) -> None:
             if best_metric not in found:
                 names = ", ".join(sorted(name.removeprefix("validation/") for name in found))
                 raise ConfigError(f"ppo.keep_best: there is no validation metric {cfg.keep_best}; there are {names}")
-            line |= {name: run.plain(value) for name, value in found.items()}
+            line |= {name: logs.plain(value) for name, value in found.items()}
             scores[iteration] = line[best_metric]
             if 0 in lines and (alarm := evaluate.alarm(lines[0], line)):
                 console.print(f"[bold yellow]alarm[/] at iteration {iteration}: {alarm}")
                 line["alarm"] = alarm
         lines[iteration] = line
-        run.log(folder, "ppo", iteration, line, began)
+        logs.log(folder, "ppo", iteration, line, began)
 
     if restored:
         console.print(f"ppo: going on from iteration {done} of {cfg.iterations}")
@@ -139,24 +140,24 @@ def main(config: Config) -> None:
             state, on_device = iterate(state, finished)
             if finished > done and compiled() > before:
                 console.print(f"[yellow]iteration {finished + 1} compiled a program anew: slow, and a fault of ours")
-            line = {name: run.plain(value) for name, value in jax.device_get(on_device).items()}
+            line = {name: logs.plain(value) for name, value in jax.device_get(on_device).items()}
             run.check_finite(line)
             finished += 1
             stopped = beyond(line["kl_k3"])
             stop = stopping.wanted()
             bad = line["bad_in_a_row"] >= cfg.max_bad_updates
             if is_evaluated(finished, line) or stop or bad:
-                run.copy_logs(folder)
+                logs.copy_logs(folder)
                 checkpoint.save(manager, finished, state, belongs_to, line)
             complete(finished, line)
             advance(finished, **{k: line[k] for k in ("score", "kl", "reply_tokens")})
             if bad:
-                run.copy_logs(folder)
+                logs.copy_logs(folder)
                 run.give_up(folder, "ppo", finished, line, prompts_of(config, ready, finished - 1))
             if stop:
-                run.copy_logs(folder)
+                logs.copy_logs(folder)
                 raise stopping.Stopped(f"ppo: stopped by {stop} at iteration {finished} of {cfg.iterations}, saved")
-    run.copy_logs(folder)
+    logs.copy_logs(folder)
     if stopped:
         console.print(f"ppo: stopped at iteration {finished}: the KL per reply is above ppo.max_kl ({cfg.max_kl} nats)")
 
@@ -172,7 +173,7 @@ def main(config: Config) -> None:
     )
     manager.close()
     if done < finished:
-        run.note_environment(folder, "ppo", time.monotonic() - began)
+        logs.note_environment(folder, "ppo", time.monotonic() - began)
 
 
 def prepare(config: Config, data: dict[str, list[Exchange]], scorer: evaluate.Scorer) -> Prepared:
@@ -234,7 +235,7 @@ def make_validation(
             policy, ready.held_out_rows, jax.random.key(0), model=scorer.model, cfg=run.decoding(config), batch_size=size, mesh=mesh
         )  # fmt: skip
         system = evaluate.of_replies(replies, ready.held_out_references, ready.held_out, scorer)
-        run.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], ready.held_out[:SAMPLES])
+        logs.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], ready.held_out[:SAMPLES])
         found = {"reward": system.reward, "stop_rate": system.stop_rate}
         found |= metrics.text_metrics(system.texts, [turn.text for turn in therapists])
         if any(gold):

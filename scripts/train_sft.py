@@ -27,6 +27,7 @@ from therapy_jax import (
     checkpoint,
     files,
     gpt2,
+    logs,
     packing,
     processes,
     prompts,
@@ -227,7 +228,7 @@ def fit(
     manager = checkpoint.manager(folder / stage / "checkpoints", "min", scores)
     restored = checkpoint.restore(manager, state, belongs_to, say=run.warn)
     state, done, unlogged = restored or (state, 0, None)
-    lines = run.take_up(folder, stage, done)
+    lines = logs.take_up(folder, stage, done)
     scores |= {step: line["validation_loss"] for step, line in lines.items() if "validation_loss" in line}
     if restored:
         console.print(f"{stage}: going on from step {done} of {steps}")
@@ -258,8 +259,8 @@ def fit(
         """Evaluate the state that is saved as `step`, where it is due, and write the log line."""
         if is_evaluated(step):
             with stopping.at_once():
-                line["validation_loss"] = scores[step] = run.plain(validate(state.params))
-        run.log(folder, stage, step, line, began)
+                line["validation_loss"] = scores[step] = logs.plain(validate(state.params))
+        logs.log(folder, stage, step, line, began)
 
     with run.progress(stage, steps, done) as advance, stopping.deferred():
         if unlogged is not None and done not in lines:
@@ -270,23 +271,23 @@ def fit(
             finished, line = step + 1, None
             if finished % training.log_every == 0 or finished == 1 or is_evaluated(finished):
                 line = {"epoch": finished / per_epoch, **jax.device_get(metrics)}
-                line = {name: run.plain(value) for name, value in line.items()}
+                line = {name: logs.plain(value) for name, value in line.items()}
             stop = stopping.wanted(now=line is not None)
             bad = line is not None and line["bad_in_a_row"] >= training.max_bad_updates
             if is_evaluated(finished) or stop or bad:
-                run.copy_logs(folder)
+                logs.copy_logs(folder)
                 checkpoint.save(manager, finished, state, belongs_to, line)
             if line is not None:
                 complete(finished, line)
                 run.release_freed_memory()
                 advance(finished, **{k: v for k, v in line.items() if "loss" in k})
             if bad and line is not None:
-                run.copy_logs(folder)
+                logs.copy_logs(folder)
                 run.give_up(folder, stage, finished, line, ids(batch_of(step, mine)))
             if stop:
-                run.copy_logs(folder)
+                logs.copy_logs(folder)
                 raise stopping.Stopped(f"{stage}: stopped by {stop} at step {finished} of {steps}, saved")
-    run.copy_logs(folder)
+    logs.copy_logs(folder)
 
     best = checkpoint.best(manager.all_steps(), scores, "min")
     if best != steps:
@@ -297,7 +298,7 @@ def fit(
     console.print(f"{stage}: validation loss {lowest:.4f} at step {best}, the best; {time.monotonic() - began:.0f} s")
     manager.close()
     if done < steps:
-        run.note_environment(folder, stage, time.monotonic() - began)
+        logs.note_environment(folder, stage, time.monotonic() - began)
     return sharding.fetch(state.params)
 
 

@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from therapy_jax import checkpoint, files, gpt2, prompts, run, weights
+from therapy_jax import checkpoint, files, gpt2, logs, prompts, weights
 
 
 class Bucket(MemoryFileSystem):
@@ -41,18 +41,18 @@ def test_what_is_local_and_what_is_remote():
 def test_a_log_grows_here_and_is_copied_whole(bucket):
     folder, began = files.as_path("gs://b/run"), time.monotonic()
     for step in (1, 2):
-        run.log(folder, "sft", step, {"loss": np.float32(0.1)}, began)
+        logs.log(folder, "sft", step, {"loss": np.float32(0.1)}, began)
     assert not (folder / "metrics.jsonl").is_file(), "only at a save"
-    run.copy_logs(folder)
-    run.log(folder, "sft", 3, {"loss": 0.3}, began)  # written after the last save: a kill loses it
+    logs.copy_logs(folder)
+    logs.log(folder, "sft", 3, {"loss": 0.3}, began)  # written after the last save: a kill loses it
 
-    run.local_logs.cache_clear()  # as another process sees it, on another machine
-    assert [line["step"] for line in run.read_log(folder / "metrics.jsonl")] == [1, 2]
-    kept = run.take_up(folder, "sft", 1)
+    logs.local_logs.cache_clear()  # as another process sees it, on another machine
+    assert [line["step"] for line in logs.read_log(folder / "metrics.jsonl")] == [1, 2]
+    kept = logs.take_up(folder, "sft", 1)
     assert list(kept) == [1] and kept[1]["loss"] == 0.1
-    run.log(folder, "sft", 2, {"loss": 0.2}, began)
-    run.copy_logs(folder)
-    assert [(x["step"], x["loss"]) for x in run.read_log(folder / "metrics.jsonl")] == [(1, 0.1), (2, 0.2)]
+    logs.log(folder, "sft", 2, {"loss": 0.2}, began)
+    logs.copy_logs(folder)
+    assert [(x["step"], x["loss"]) for x in logs.read_log(folder / "metrics.jsonl")] == [(1, 0.1), (2, 0.2)]
 
 
 def test_a_model_comes_back_as_it_was_put(bucket):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import run
+from therapy_jax import logs
 from therapy_jax.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 def test_log_lines_are_tensorboard_events_too(tmp_path):
     """Read back as TFRecords: length u64, its checksum u32, an Event, its checksum u32."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    run.open_events(tmp_path)
-    run.log(tmp_path, "ppo", 3, {"kl": 0.25, "alarm": "a text is no scalar"}, time.monotonic())
-    run.log(tmp_path, "ppo", 4, {"kl": 0.5}, time.monotonic())
-    run._events.pop(str(tmp_path)).close()  # a thread of its own writes
+    logs.open_events(tmp_path)
+    logs.log(tmp_path, "ppo", 3, {"kl": 0.25, "alarm": "a text is no scalar"}, time.monotonic())
+    logs.log(tmp_path, "ppo", 4, {"kl": 0.5}, time.monotonic())
+    logs._events.pop(str(tmp_path)).close()  # a thread of its own writes
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []
     while data:
@@ -35,7 +35,7 @@ def test_log_lines_are_tensorboard_events_too(tmp_path):
 def test_tensorboard_without_its_extra_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"pip install 'therapy_jax\[tensorboard\]'"):
-        run.open_events(tmp_path)
+        logs.open_events(tmp_path)
 
 
 def test_an_unexpected_fault_says_where_its_traceback_is(tmp_path):

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from therapy_jax import config as config_module
-from therapy_jax import metrics, plots, run
+from therapy_jax import logs, metrics, plots
 from therapy_jax.config import Config, ConfigError, GridConfig
 from therapy_jax.evaluate import PAPER
 from therapy_jax.files import flatten
@@ -360,8 +360,8 @@ def curves(cells: Sequence[Cell], path: Path) -> None:
     for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
         key = key.replace("meteor", metrics.meteor_name())
         for i, name in enumerate(names):
-            logs = [run.read_log(c.folder / "metrics.jsonl") for c in cells if c.name == name]
-            steps, values = plots.series([[line for line in log if line["stage"] == "ppo"] for log in logs], key)
+            found = [logs.read_log(c.folder / "metrics.jsonl") for c in cells if c.name == name]
+            steps, values = plots.series([[line for line in log if line["stage"] == "ppo"] for log in found], key)
             colour, style = plots.COLOURS[i % len(plots.COLOURS)], ("-", "--", ":")[i // len(plots.COLOURS) % 3]
             axes.plot(steps, values.mean(0), style, color=colour, linewidth=1.6, label=name)
             axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from therapy_jax import evaluate, grid, plots, run
+from therapy_jax import evaluate, grid, logs, plots, run
 from therapy_jax.config import Config
 from therapy_jax.files import as_path, is_remote, write_json, write_text
 from therapy_jax.page import CSS, PAGE, decimals, esc, figure, loupe_table, section, strip, table
@@ -62,7 +62,7 @@ def write_report(folder: Path, config: Config, loupe: bool = True) -> Path:
     """-> the path of report.html. loupe: with a look at some replies token by token, which takes one more iteration."""
     if loupe:
         look(folder, config)
-    records = run.read_log(folder / "metrics.jsonl")
+    records = logs.read_log(folder / "metrics.jsonl")
     results = _json(folder / "results.json")
     is_grid = "cells" in results
     parts = [
@@ -72,7 +72,7 @@ def write_report(folder: Path, config: Config, loupe: bool = True) -> Path:
         curves(folder, records),
         terms(folder, records, results),
         conversations(_json(folder / "answers.json") or []),
-        samples(run.read_log(folder / "samples.jsonl")),
+        samples(logs.read_log(folder / "samples.jsonl")),
         loupes(_json(folder / "loupe.json")),
         missing(folder, () if not is_grid else ("metrics.jsonl", "answers.json", "samples.jsonl", "loupe.json", "environment.json")),
         settings(folder),
