@@ -37,11 +37,11 @@ def agreement(words: Array, mask: Array) -> Array:
     def flat(x, by):  # reply i of a prompt meets its reply i + by
         return jnp.roll(x, -by, axis=1).reshape(-1, x.shape[2])
 
-    def utility(by):
+    def add(by, total):
         pair = flat(words, 0), flat(mask, 0), flat(words, by), flat(mask, by)
-        return rouge_n(*pair, 1) + 2.0 * rouge_n(*pair, 2)
+        return total + rouge_n(*pair, 1) + 2.0 * rouge_n(*pair, 2)
 
-    return sum((utility(by) for by in range(1, n)), jnp.zeros(())).reshape(words.shape[:2]) / (n - 1)
+    return jax.lax.fori_loop(1, n, add, jnp.zeros(words.shape[0] * n)).reshape(words.shape[:2]) / (n - 1)
 
 
 def most_agreed(replies: Sequence[str]) -> int:

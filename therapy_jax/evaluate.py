@@ -90,28 +90,34 @@ def answer(
     cfg: SamplingConfig,
     batch_size: int,
     mesh: Mesh,
+    times: int = 1,
 ) -> list[list[int]]:
-    """Prompts (ids) -> generated ids each, EOS included where it came. Row i draws from fold_in(key, i), whatever its batch."""
-    program = jax.jit(generate_rows, static_argnames=("model", "cfg"))
-    replies: list[list[int]] = [[] for _ in rows]
-    for indices, length in chunks(rows, batch_size, cfg.max_new_tokens, model.config.n_positions):
-        mine = np.asarray(indices)[sharding.my_rows(mesh, batch_size)]
+    """N prompts (ids) -> generated ids of N * times replies, those to a prompt side by side, EOS included where it came.
+    Row i draws from fold_in(key, i), whatever its batch; with times > 1 its reply c from fold_in(split(key, times)[c], i).
+    A prompt is read once for all its replies, of which about batch_size are written at a time."""
+    program = jax.jit(generate_rows, static_argnames=("model", "cfg", "times"))
+    replies: list[list[list[int]]] = [[] for _ in rows]
+    size = batching.round_up(max(batch_size // times, 1), sharding.row_shards(mesh))
+    for indices, length in chunks(rows, size, cfg.max_new_tokens, model.config.n_positions):
+        mine = np.asarray(indices)[sharding.my_rows(mesh, size)]
         prompt = batching.prompts([rows[i] for i in mine], length)
         split = sharding.split_batch(mesh, (prompt, mine))
-        reply = sharding.fetch(program(params, *split, key, model=model, cfg=cfg))
-        for i, tokens, mask in zip(indices, reply.tokens, reply.mask, strict=True):
-            replies[i] = tokens[mask].tolist()
-    return replies
+        reply = sharding.fetch(program(params, *split, key, model=model, cfg=cfg, times=times))
+        written = [tokens[mask].tolist() for tokens, mask in zip(reply.tokens, reply.mask, strict=True)]
+        for place, i in enumerate(indices):
+            replies[i] = written[place * times : (place + 1) * times]
+    return [ids for those in replies for ids in those]
 
 
 def agreed_answer(
     params: Any, rows: Sequence[Sequence[int]], key: jax.Array, *, candidates: int, tokenizer: Any, **how: Any
 ) -> list[list[int]]:
     """`answer` to each prompt, `candidates` times; of these the one whose text the others agree with most (consensus.py)."""
-    keys = [key] if candidates == 1 else jax.random.split(key, candidates)
-    drawn = list(zip(*(answer(params, rows, k, **how) for k in keys), strict=True))  # [prompt][candidate] -> ids
-    texts = [[prompts.parse_reply(tokenizer, ids).text for ids in replies] for replies in drawn]
-    return [replies[i] for replies, i in zip(drawn, consensus.choose(texts), strict=True)]
+    drawn = answer(params, rows, key, times=candidates, **how)
+    texts = [prompts.parse_reply(tokenizer, ids).text for ids in drawn]
+    starts = range(0, len(drawn), candidates)
+    chosen = consensus.choose([texts[k : k + candidates] for k in starts])
+    return [drawn[k + i] for k, i in zip(starts, chosen, strict=True)]
 
 
 def read_emotions(
@@ -130,11 +136,19 @@ def read_emotions(
 
 
 def generate_rows(
-    params: Params, prompt: batching.Prompt, rows: jax.Array, key: jax.Array, *, model: gpt2.GPT2, cfg: SamplingConfig
+    params: Params,
+    prompt: batching.Prompt,
+    rows: jax.Array,
+    key: jax.Array,
+    *,
+    model: gpt2.GPT2,
+    cfg: SamplingConfig,
+    times: int,
 ) -> Reply:
-    """`generate`, where the place of a prompt in its batch is not its number: rows i32[B]."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
-    return generate(params, prompt, keys, model=model, cfg=cfg)
+    """`generate`, where the place of a prompt in its batch is not its number: rows i32[N]."""
+    keys = jax.random.split(key, times) if times > 1 else key[None]
+    each = jax.vmap(lambda i: jax.vmap(lambda k: jax.random.fold_in(k, i))(keys))(rows)
+    return generate(params, prompt, each.reshape(-1), model=model, cfg=cfg, times=times)
 
 
 def losses_by_row(params: Any, batch: batching.Batch, *, model: gpt2.GPT2) -> tuple[jax.Array, jax.Array]:
