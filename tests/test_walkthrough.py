@@ -103,8 +103,9 @@ def test_from_a_run_folder_with_ones_own_sentence(walkthrough, tiny, tmp_path, c
     walkthrough.main(tiny, options)
     said = capsys.readouterr().out
     check(said)
+    said = " ".join(said.split())  # lines break where the folder's name is long
     assert "after SFT and PPO" in said and "LEARNT NOTHING" not in said and "The critic starts at 0" not in said
-    assert EVIL in " ".join(said.split()) and "the nearest client of train stands in" in " ".join(said.split())
+    assert EVIL in said and "the nearest client of train stands in" in said
     assert abs(float(re.search(r"k1 (-?[\d.]+)", said)[1])) > 1e-3  # type: ignore[index]
     assert not (folder / "config.yaml").exists() and not (folder / "report.html").exists()
 
