@@ -189,12 +189,13 @@ def test_data_without_emotions_has_a_row_without_them(data, scorer):
     assert "no emotion is annotated" in console.export_text()
 
 
-def test_the_agreed_answer_is_one_of_its_candidates_and_of_one_it_is_that_one(rows, tokenizer, model, params):
+@pytest.mark.parametrize("devices", [1, 4])  # on 4, the two prompts of a batch of 8 // 3 replies become four
+def test_the_agreed_answer_is_one_of_its_candidates_and_of_one_it_is_that_one(rows, tokenizer, model, params, devices):
     how = {
         "model": model,
         "cfg": SamplingConfig(max_new_tokens=8, temperature=1.0),
         "batch_size": 8,
-        "mesh": sharding.make_mesh(MeshConfig(1)),
+        "mesh": sharding.make_mesh(MeshConfig(devices)),
     }
     key = jax.random.key(5)
     agreed = [evaluate.agreed_answer(params, rows, key, candidates=n, tokenizer=tokenizer, **how) for n in (1, 3)]

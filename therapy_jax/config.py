@@ -401,7 +401,7 @@ class EvaluateConfig:
     limit: int | None = None
     """Answer only the first so many exchanges; null = all."""
     batch_size: int = 32
-    """Prompts answered at once."""
+    """Replies written at once: batch_size / candidates prompts, and at least one."""
     temperature: float = 0.0
     """Decoding of every system, here and in the validation during PPO; 0 = greedy."""
     top_k: int = 0
