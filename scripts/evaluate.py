@@ -72,9 +72,9 @@ def main(config: Config) -> None:
         return evaluate.of_turns(turns, chosen, refs, scorer, config.prompt)
 
     systems: dict[str, dict] = {}
-    samples: dict[str, evaluate.System] = {}
+    samples: dict[str, list[evaluate.System]] = {}  # one System a draw; a single one where nothing is drawn
     chosen_constants: dict[str, str] = {}
-    train = data["train"]
+    train, seeds = data["train"], [config.seed + i for i in range(cfg.draws)]
     for name in cfg.systems:
         if name in MODELS:
             console.print(f"{name}: answering {len(chosen)} prompts ...")
@@ -85,22 +85,24 @@ def main(config: Config) -> None:
                 train, chosen, lambda turns: judged(of_turns(turns)), config.seed
             )
         elif name == "retrieval":
-            samples[name] = of_turns(baselines.retrieval(train, chosen))
+            samples[name] = [of_turns(baselines.retrieval(train, chosen))]
         elif name == "commonplace":
             half = metrics.distinct([e.therapist.text for e in chosen], 2) / 2
-            samples[name] = of_turns(baselines.commonplace(train, len(chosen), config.seed, half))
+            samples[name] = [of_turns(baselines.commonplace(train, len(chosen), seed, half)) for seed in seeds]
         else:
-            samples[name] = of_turns(baselines.random_reply(train, len(chosen), config.seed))
-        if name in samples:
-            systems[name] = judged(samples[name])
+            samples[name] = [of_turns(baselines.random_reply(train, len(chosen), seed)) for seed in seeds]
+    drawn = {name: [judged(system) for system in draws] for name, draws in samples.items()}
+    means = {name: evaluate.mean_row(rows) for name, rows in drawn.items()}
+    systems = {name: (means | systems)[name] for name in cfg.systems}
     therapist = judged(of_turns([e.therapist for e in chosen]))  # what a person scores on metrics without a reference
 
     results = {
         "data": {"name": config.data.format, "split": cfg.split, "n": len(chosen), "sha256": fingerprint(config)},
-        "decoding": {**dataclasses.asdict(run.decoding(config)), "candidates": cfg.candidates},
+        "decoding": {**dataclasses.asdict(run.decoding(config)), "candidates": cfg.candidates, "draws": cfg.draws},
         "signature": metrics.signature(),
         "reward_weights": scorer.weights,
         "systems": systems,
+        **({"draws": drawn} if cfg.draws > 1 else {}),
         "therapist": {k: therapist[k] for k in evaluate.WITHOUT_REFERENCE if k in therapist},
         "comparisons": compare(samples, chosen, config),
         "constants": chosen_constants,
@@ -112,7 +114,7 @@ def main(config: Config) -> None:
             "context": [{"speaker": turn.speaker, "text": turn.text} for turn in e.context],
             "client": e.client.text,
             "therapist": e.therapist.text,
-            **{name: s.texts[i] for name, s in samples.items()},
+            **{name: draws[0].texts[i] for name, draws in samples.items()},
         }
         for i, e in enumerate(chosen)
     ]
@@ -136,22 +138,27 @@ def of_model(
     refs: References,
     scorer: evaluate.Scorer,
     mesh,
-) -> evaluate.System:
-    """One trained system's answers, scores and the perplexity of the therapist's replies under it."""
+) -> list[evaluate.System]:
+    """One trained system's answers and scores, a System a draw, and the perplexity of the therapist's replies under it.
+    Draw i is what seed + i would have answered."""
     gpt2_config, params, tokenizer = stages.load_model(folder, name, config)
     model, params = gpt2.GPT2(gpt2_config), sharding.place(mesh, params)
     size = config.evaluate.batch_size
     examples = [prompts.encode(tokenizer, e, config.prompt, gpt2_config.n_positions) for e in chosen]
     rows = [e.prompt for e in examples]
-    key = jax.random.fold_in(jax.random.key(config.seed), 3)
     how = {"model": model, "cfg": run.decoding(config), "batch_size": size, "mesh": mesh}
-    replies = evaluate.agreed_answer(
-        params, rows, key, candidates=config.evaluate.candidates, tokenizer=tokenizer, **how
-    )
     perplexity = evaluate.perplexity_of(*evaluate.losses_of(params, examples, model=model, batch_size=size, mesh=mesh))
-    system = evaluate.of_replies(replies, refs, chosen, scorer, perplexity)
+
+    def draw(seed: int) -> evaluate.System:
+        key = jax.random.fold_in(jax.random.key(seed), 3)
+        replies = evaluate.agreed_answer(
+            params, rows, key, candidates=config.evaluate.candidates, tokenizer=tokenizer, **how
+        )
+        return evaluate.of_replies(replies, refs, chosen, scorer, perplexity)
+
+    systems = [draw(config.seed + i) for i in range(config.evaluate.draws)]
     if name != "base":
-        return system
+        return systems
     # base never learnt to write an emotion: it is asked which of the seven words it finds likeliest.
     read = functools.partial(
         evaluate.read_emotions, params, tokenizer=tokenizer, model=model, batch_size=size, mesh=mesh
@@ -161,18 +168,24 @@ def of_model(
         rows = [
             [*row, *prompts.encode_text(tokenizer, word), marker] for row, word in zip(rows, read(rows), strict=True)
         ]
-    return system._replace(emotions=list(read(rows)))
+    emotions = list(read(rows))
+    return [system._replace(emotions=emotions) for system in systems]
 
 
-def compare(samples: dict[str, evaluate.System], chosen: list[Exchange], config: Config) -> dict[str, dict]:
-    """The last trained system against every other: mean difference and its 95 % interval by paired bootstrap."""
+def compare(samples: dict[str, list[evaluate.System]], chosen: list[Exchange], config: Config) -> dict[str, dict]:
+    """The last trained system against every other: mean difference and its 95 % interval by paired bootstrap over the
+    exchanges. The score of an exchange is its mean over the draws, so that an interval has less of the sampler's luck."""
     trained = [name for name in samples if name in MODELS]
     if not trained:
         return {}
     last = max(trained, key=MODELS.index)
+
+    def scores(texts: list[str], e: Exchange) -> dict[str, float]:
+        return metrics.mean_scores([metrics.item_scores(text, e.therapist.text) for text in texts])
+
     items = {
-        name: [metrics.item_scores(text, e.therapist.text) for text, e in zip(system.texts, chosen, strict=True)]
-        for name, system in samples.items()
+        name: [scores(texts, e) for *texts, e in zip(*(s.texts for s in draws), chosen, strict=True)]
+        for name, draws in samples.items()
     }
     resamples, seed = config.evaluate.bootstrap, config.seed
     return {

@@ -44,8 +44,13 @@ def test_a_reply_that_two_give_wins_over_one_that_nobody_else_gives():
 
 @pytest.mark.parametrize(
     "values, said",
-    [({"candidates": 0}, "at least 1"), ({"candidates": 4}, "temperature above 0")],
+    [
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"candidates": 4}, "candidates 4 needs evaluate.temperature above 0"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"draws": 2}, "draws 2 needs evaluate.temperature above 0"),
+    ],
 )
-def test_impossible_numbers_of_candidates_are_refused(values, said):
+def test_impossible_numbers_of_candidates_and_draws_are_refused(values, said):
     with pytest.raises(ConfigError, match=said):
         EvaluateConfig(**values)

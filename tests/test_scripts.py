@@ -233,3 +233,26 @@ def test_mistakes_in_what_judges_are_one_sentence(finished, tmp_path):
         done = run(command("train_ppo", folder, **changes))
         assert done.returncode == 2, done.stdout + done.stderr
         assert named in " ".join(done.stdout.split()) and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_several_draws_begin_with_the_one_of_a_single_draw_and_are_averaged(finished, tmp_path):
+    folder = beside(finished, tmp_path / "run")
+    (folder / "ppo").symlink_to(finished / "ppo")
+    done = run(
+        command("evaluate", folder, **{"evaluate.draws": 3, "evaluate.systems": "[sft, ppo, retrieval, random]"})
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    single, several = (json.loads((place / "results.json").read_text()) for place in (finished, folder))
+    for name, rows in several["draws"].items():
+        assert flatten(rows[0]) == pytest.approx(flatten(single["systems"][name]), rel=1e-6)
+        assert len(rows) == (1 if name == "retrieval" else 3)  # what is not drawn is not drawn thrice
+        for key in ("bleu", "reward", "distinct2"):
+            values = [row[key] for row in rows]
+            assert several["systems"][name][key] == pytest.approx(sum(values) / len(values), rel=1e-9)
+            assert name == "retrieval" or len(set(values)) == 3  # each draw has a key of its own
+    for other in ("sft", "retrieval", "random"):
+        means = [several["systems"][name] for name in ("ppo", other)]
+        for key, (difference, low, high) in several["comparisons"][f"ppo - {other}"].items():
+            assert difference == pytest.approx(means[0][key] - means[1][key], abs=1e-9)
+            assert low <= difference <= high

@@ -411,17 +411,21 @@ class EvaluateConfig:
     candidates: int = 1
     """Replies that every model samples to a prompt; the one most like the others is its answer (consensus.py). 1 = the only
     one. The validation during PPO always takes one."""
+    draws: int = 1
+    """Times that every model, and every trivial system that draws, answers all prompts, draw i as seed + i would; metrics are means
+    over the draws, and a comparison takes each exchange's mean: less of it is the sampler's luck."""
     language_model: str | None = None
     """Run folder of another seed whose SFT model judges whether replies are language (their perplexity); null = not judged."""
     bootstrap: int = 1000
     """Resamplings of the paired bootstrap that compares the last trained system with every other one."""
 
     def __post_init__(self):
-        require(self.candidates >= 1, f"evaluate.candidates must be at least 1, not {self.candidates}")
-        require(
-            self.candidates == 1 or self.temperature > 0,
-            f"evaluate.candidates {self.candidates} needs evaluate.temperature above 0: greedy replies are all the same",
-        )
+        for name, value in (("candidates", self.candidates), ("draws", self.draws)):
+            require(value >= 1, f"evaluate.{name} must be at least 1, not {value}")
+            require(
+                value == 1 or self.temperature > 0,
+                f"evaluate.{name} {value} needs evaluate.temperature above 0: greedy replies are all the same",
+            )
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,11 @@ def row(
     }
 
 
+def mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The lines of one system's draws -> their mean, number by number; what no line has stays None."""
+    return jax.tree.map(lambda *x: float(np.mean(x)), *rows)
+
+
 def constants(
     train: Sequence[Exchange], exchanges: Sequence[Exchange], row_of_turns: Callable[[list[Turn]], Any], seed: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
