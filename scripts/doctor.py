@@ -279,10 +279,10 @@ def hub(seconds: float = 5) -> Finding:
 
 def wordnet() -> Finding:
     try:
-        from therapy_jax import metrics
+        from therapy_jax.wordnet import reader
     except ModuleNotFoundError as error:
         return Finding("warning", "wordnet", f"cannot be looked for: {error}", INSTALL)
-    if metrics.wordnet() is not None:
+    if reader() is not None:
         return Finding("ok", "wordnet", "found: METEOR is nltk's")
     what = "not found: METEOR goes without synonyms, under the name meteor_exact_stem"
     remedy = "Debian, Ubuntu: apt-get install wordnet-base wordnet-sense-index; else: python -m nltk.downloader wordnet"

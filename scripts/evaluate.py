@@ -24,6 +24,7 @@ from therapy_jax import (
     processes,
     prompts,
     report,
+    results_table,
     sharding,
     stages,
     tfidf,
@@ -107,7 +108,7 @@ def main(config: Config) -> None:
         "comparisons": compare(samples, chosen, config),
         "constants": chosen_constants,
         "emotion_majority_accuracy": metrics.majority_accuracy(gold) if any(gold) else None,
-        "paper": evaluate.PAPER,
+        "paper": results_table.PAPER,
     }
     answers = [
         {
@@ -122,7 +123,7 @@ def main(config: Config) -> None:
         files.write_json(folder / "results.json", results)
         files.write_json(folder / "answers.json", answers)
     logs.note_environment(folder, "evaluate", time.monotonic() - began)
-    console.print(evaluate.table(results))
+    console.print(results_table.screen(results))
     for name, differences in results["comparisons"].items():
         shown = ", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in differences.items())
         console.print(f"{name}: {shown}")

@@ -32,7 +32,7 @@ import train_ppo
 import train_sft
 
 from therapy_jax import config as config_module
-from therapy_jax import files, grid, report, sharding, weights
+from therapy_jax import files, grid, grid_results, report, sharding, weights
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Report, read_dialogues
 from therapy_jax.run import console, escape
@@ -53,14 +53,14 @@ def main(config: Config, options: Options) -> None:
             lend(cell.folder.parent / cell.source, cell.folder)
         finish(cell.config, train_ppo.main if cell.source else train_sft.main, evaluation.main)
 
-    results = grid.summary(config, cells)
+    results = grid_results.summary(config, cells)
     files.write_json(folder / "results.json", results)
-    (folder / "table.md").write_text(grid.markdown(results), encoding="utf-8")
+    (folder / "table.md").write_text(grid_results.markdown(results), encoding="utf-8")
     if config.grid.ppo:
-        grid.curves(cells, folder / "curves.png")
-        console.print(grid.screen(grid.comparison_rows(results, intervals=False)))
+        grid_results.curves(cells, folder / "curves.png")
+        console.print(grid_results.screen(grid_results.comparison_rows(results, intervals=False)))
         console.print("* the 95 % interval of the difference (in table.md) leaves 0 out")
-    console.print(grid.screen(grid.main_rows(results)))
+    console.print(grid_results.screen(grid_results.main_rows(results)))
     console.print(f"{results['hours']:.2f} h in all; written: {escape(str(folder))}/results.json, table.md, curves.png")
     report.finish(config)
 

@@ -59,12 +59,12 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def wordnet():
     """nltk's WordNet reader."""
-    from therapy_jax import metrics
+    from therapy_jax.wordnet import reader
 
-    reader = metrics.wordnet()
-    if reader is None:
+    found = reader()
+    if found is None:
         missing("no WordNet: on Debian install wordnet-base and wordnet-sense-index")
-    return reader
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import baselines, dialogue, metrics
+from therapy_jax import baselines, dialogue, metrics, wordnet
 from therapy_jax.dialogue import Exchange, Turn
 
 DATA = Path(os.environ.get("THERAPY_JAX_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -145,7 +145,7 @@ def test_no_train_raises():
 def mesc() -> dict[str, list[Exchange]]:
     if not MESC.is_file():
         pytest.skip(f"MESC is not at {MESC}: set THERAPY_JAX_DATA")
-    if metrics.wordnet() is None:
+    if wordnet.reader() is None:
         (pytest.fail if os.environ.get("CI", "").lower() == "true" else pytest.skip)("WordNet is absent")
     return dialogue.read(MESC, format="mesc", splits="official", clean=False)
 

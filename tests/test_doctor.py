@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import metrics
+from therapy_jax import wordnet
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -230,14 +230,14 @@ def test_the_hub_is_reached_or_not():
 
 
 def test_wordnet_is_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "DEBIAN_WORDNET", tmp_path / "none")
-    monkeypatch.setattr(metrics.nltk.data, "path", [str(tmp_path)])  # what an empty NLTK_DATA and no other folder leave
+    monkeypatch.setattr(wordnet, "DEBIAN", tmp_path / "none")
+    monkeypatch.setattr(wordnet.nltk.data, "path", [str(tmp_path)])  # what an empty NLTK_DATA and no other folder leave
     monkeypatch.setenv("THERAPY_JAX_CACHE", str(tmp_path))
-    metrics.wordnet.cache_clear()
+    wordnet.reader.cache_clear()
     try:
         finding = doctor.wordnet()
     finally:
-        metrics.wordnet.cache_clear()
+        wordnet.reader.cache_clear()
     assert finding.level == "warning" and "meteor_exact_stem" in finding.what and "apt-get install" in finding.remedy
 
 

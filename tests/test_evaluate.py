@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from therapy_jax import classifiers, consensus, dialogue, evaluate, gpt2, prompts, readings, sharding
+from therapy_jax import classifiers, consensus, dialogue, evaluate, gpt2, prompts, readings, results_table, sharding
 from therapy_jax.config import MeshConfig, PromptConfig, RewardWeights, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
 from therapy_jax.rewards.batch import Fixed, make_references
@@ -174,7 +174,7 @@ def test_a_constant_wins_no_diversity_and_stands_in_the_table(data, scorer):
         "emotion_majority_accuracy": 0.99,
     }
     console = Console(width=80, record=True)
-    console.print(evaluate.table(results))
+    console.print(results_table.screen(results))
     text = console.export_text()
     assert "33.3" in text and "0.9934" in text and "0.9900" in text and "…" not in text
 
@@ -185,7 +185,7 @@ def test_data_without_emotions_has_a_row_without_them(data, scorer):
     assert row["rougeL"] == pytest.approx(1.0) and not [name for name in row if "emotion" in name]
     console = Console(width=80, record=True)
     results = {"data": {"name": "jsonl", "split": "test", "n": 20}, "systems": {"x": row}}
-    console.print(evaluate.table(results | {"emotion_majority_accuracy": None}))
+    console.print(results_table.screen(results | {"emotion_majority_accuracy": None}))
     assert "no emotion is annotated" in console.export_text()
 
 

@@ -15,7 +15,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
-from therapy_jax import dialogue, metrics
+from therapy_jax import dialogue, metrics, wordnet
 
 DATA = Path(os.environ.get("THERAPY_JAX_DATA") or Path(__file__).parents[2] / "shared" / "data")
 MESC = DATA / "mesc" / "MESC.csv"
@@ -29,7 +29,7 @@ TINY = {
 
 
 def need_wordnet() -> None:
-    if metrics.wordnet() is None:
+    if wordnet.reader() is None:
         reason = "WordNet is absent (Debian: wordnet-base; or nltk's package wordnet)"
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail(f"{reason}, and in CI it must be there")
@@ -53,9 +53,9 @@ def tiny(tmp_path: Path) -> Path:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without WordNet and with an empty cache folder."""
     monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(metrics, "DEBIAN_WORDNET", tmp_path / "nowhere")
+    monkeypatch.setattr(wordnet, "DEBIAN", tmp_path / "nowhere")
     monkeypatch.setenv("THERAPY_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(metrics, "wordnet", lru_cache(metrics.wordnet.__wrapped__))
+    monkeypatch.setattr(wordnet, "reader", lru_cache(wordnet.reader.__wrapped__))
     return tmp_path
 
 
@@ -137,20 +137,20 @@ def test_meteor_is_nltks_own(mesc_test):
     need_wordnet()
     for x in mesc_test[:60]:
         a, b = metrics.words(x.client.text), metrics.words(x.therapist.text)
-        plain = single_meteor_score(b, a, wordnet=metrics.wordnet())  # type: ignore[arg-type]
+        plain = single_meteor_score(b, a, wordnet=wordnet.reader())  # type: ignore[arg-type]
         assert metrics.item_scores(x.client.text, x.therapist.text)["meteor"] == plain
 
 
 @pytest.mark.parametrize("reply, reference, expected", [*METEOR, ("car", "auto", 0.0)])
 def test_without_wordnet_meteor_has_another_name(reply, reference, expected, elsewhere):
-    assert metrics.wordnet() is None
+    assert wordnet.reader() is None
     assert metrics.meteor([reply], [reference]) == {"meteor_exact_stem": pytest.approx(expected)}
     assert "meteor" not in metrics.text_metrics([reply], [reference])
     assert "|meteor:nltk,exact+stem|" in metrics.signature()
 
 
 def test_debian_files_become_a_dictionary_in_the_cache(elsewhere, tiny, monkeypatch):
-    monkeypatch.setattr(metrics, "DEBIAN_WORDNET", tiny)
+    monkeypatch.setattr(wordnet, "DEBIAN", tiny)
     old = os.umask(0o002)
     try:
         assert metrics.meteor(["my car"], ["my auto"]) == {"meteor": pytest.approx(1 - 0.5 / 8)}
@@ -160,20 +160,20 @@ def test_debian_files_become_a_dictionary_in_the_cache(elsewhere, tiny, monkeypa
     made = elsewhere / "cache" / "nltk_data" / "corpora" / "wordnet"
     assert not any(file.is_symlink() or file.stat().st_mode & 0o022 for file in [made, *made.iterdir()])
     assert os.listdir(elsewhere / "cache" / "nltk_data") == ["corpora"]
-    monkeypatch.setattr(metrics, "DEBIAN_WORDNET", elsewhere / "nowhere")
-    metrics.wordnet.cache_clear()
+    monkeypatch.setattr(wordnet, "DEBIAN", elsewhere / "nowhere")
+    wordnet.reader.cache_clear()
     assert metrics.meteor_name() == "meteor", "the cache alone is enough the second time"
 
 
 def test_a_dictionary_in_nltks_path_needs_no_cache(elsewhere, tiny, monkeypatch):
-    metrics.install_wordnet(elsewhere / "mine", tiny)
+    wordnet.install(elsewhere / "mine", tiny)
     monkeypatch.setattr(nltk.data, "path", [str(elsewhere / "mine")])
-    monkeypatch.setattr(metrics, "DEBIAN_WORDNET", tiny)
+    monkeypatch.setattr(wordnet, "DEBIAN", tiny)
     assert metrics.meteor_name() == "meteor" and not (elsewhere / "cache").exists()
 
 
 def test_install_wordnet(tiny, tmp_path):
-    made = metrics.install_wordnet(tmp_path / "target", tiny)
+    made = wordnet.install(tmp_path / "target", tiny)
     lines = (made / "lexnames").read_text().splitlines()
     assert len(lines) == 45
     rows = {
@@ -187,18 +187,18 @@ def test_install_wordnet(tiny, tmp_path):
     }
     assert {i: lines[i] for i in rows} == rows
     assert (made / "data.noun").read_text() == TINY["data.noun"]
-    assert metrics.install_wordnet(tmp_path / "target", tiny) == made
+    assert wordnet.install(tmp_path / "target", tiny) == made
     (tiny / "verb.exc").unlink()
     with pytest.raises(FileNotFoundError, match=r"verb\.exc"):
-        metrics.install_wordnet(tmp_path / "other", tiny)
+        wordnet.install(tmp_path / "other", tiny)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_said_aloud(elsewhere, tiny, monkeypatch):
     (elsewhere / "cache").write_text("a file where the folder should be")
-    monkeypatch.setattr(metrics, "DEBIAN_WORDNET", tiny)
+    monkeypatch.setattr(wordnet, "DEBIAN", tiny)
     with pytest.warns(UserWarning, match="could not be copied"):
-        assert metrics.wordnet() is None
+        assert wordnet.reader() is None
 
 
 def test_distinct_by_hand():
@@ -349,8 +349,8 @@ def test_nothing_asks_the_network(monkeypatch):
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
-    for name in ("wordnet", "words"):
-        monkeypatch.setattr(metrics, name, lru_cache(getattr(metrics, name).__wrapped__))  # an empty cache
+    for module, name in ((wordnet, "reader"), (metrics, "words")):
+        monkeypatch.setattr(module, name, lru_cache(getattr(module, name).__wrapped__))  # an empty cache
     scores = metrics.text_metrics(["I feel sad about my car."], ["You feel sad about your auto?"])
     assert scores["rouge1"] == pytest.approx(2 * 3 / 12)
 

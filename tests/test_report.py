@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import evaluate, page, plots, report
+from therapy_jax import page, plots, report, results_table
 from therapy_jax.config import Config
 from therapy_jax.files import write_json
 
@@ -142,7 +142,7 @@ def test_numbers_are_those_of_the_files(whole):
     assert ["rouge_l", "2", "0.200", "0.200", "0.400", "0.400", "1.000"] in cells
     assert ["&lt;script&gt;", "-0.20", "-0.20", "-0.200", "-0.200", "-0.200", "-0.20", "1.000"] in cells
     assert ["sum", "0.00", "0.00", "0.000", "0.000", "", "", ""] in cells
-    assert evaluate.table_rows(results_json())[0] == ["", "sft", "constant", "paper"]
+    assert results_table.rows(results_json())[0] == ["", "sft", "constant", "paper"]
     assert "Not here" not in html
 
 

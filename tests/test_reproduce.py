@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from therapy_jax import config, gpt2, grid, plots, stopping
+from therapy_jax import config, gpt2, grid, grid_results, plots, stopping
 from therapy_jax.checkpoint import flatten
 from therapy_jax.config import Config, ConfigError, GridConfig, PretrainConfig, PromptConfig
 
@@ -140,13 +140,13 @@ def test_aggregate_is_what_statistics_says():
         {"bleu": 0.3, "terms": {"length": -2.0}, "perplexity": 2.0, "name": "y", "good": True},
         {"bleu": 0.8, "terms": {"length": 0}, "perplexity": 3.0, "name": "z", "good": False},
     ]
-    found = grid.aggregate(rows)
+    found = grid_results.aggregate(rows)
     assert set(found) == {"bleu", "terms.length"}
     for key, values in {"bleu": [0.1, 0.3, 0.8], "terms.length": [-1.0, -2.0, 0.0]}.items():
         assert found[key]["values"] == values
         assert found[key]["mean"] == pytest.approx(statistics.mean(values))
         assert found[key]["sd"] == pytest.approx(statistics.stdev(values))
-    assert grid.aggregate(rows[:1])["bleu"] == {"values": [0.1], "mean": 0.1, "sd": None}
+    assert grid_results.aggregate(rows[:1])["bleu"] == {"values": [0.1], "mean": 0.1, "sd": None}
 
 
 def written(folder: Path, cells: list[grid.Cell], replies: dict[tuple[str, int], list[str]]) -> None:
@@ -166,14 +166,14 @@ def test_comparisons_are_of_means_over_seeds(tmp_path):
     nothing, same = ["zzz"] * 3, [""] * 3
     written(tmp_path, cells, {("a", 0): nothing, ("a", 1): nothing, ("b", 0): same, ("b", 1): nothing})
     of_name = {name: [c for c in cells if c.name == name] for name in ("a", "b")}
-    found = grid.compare(of_name, asked)
+    found = grid_results.compare(of_name, asked)
     assert set(found) == {"b"} and set(found["b"]) == {"a", "retrieval", "random"}
     assert found["b"]["a"]["rouge1"] == pytest.approx([0.5] * 3), "each exchange gains as much: no width"
     assert found["b"]["random"]["rougeL"] == pytest.approx([-0.5] * 3)
     assert found["b"]["retrieval"]["bleu"] == pytest.approx([0.5] * 3)
     (cells[3].folder / "answers.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"seed1.b.answers.json: not the exchanges that a answered"):
-        grid.compare(of_name, asked)
+        grid_results.compare(of_name, asked)
 
 
 def of(mean: float, sd: float | None = None) -> dict:
@@ -197,22 +197,22 @@ RESULTS = {
 
 
 def test_tables():
-    assert grid.main_rows(RESULTS) == [
+    assert grid_results.main_rows(RESULTS) == [
         ["", "BLEU", "words"],
         ["base", "0.0100", ""],
         ["a", "0.2500 ± 0.1250", "10.0 ± 0.0"],
         ["paper", "0.0111", ""],
     ]
-    assert grid.main_rows({**RESULTS, "data": {"name": "jsonl"}})[-1][0] == "a", "the paper measured MESC"
-    assert grid.comparison_rows(RESULTS) == [
+    assert grid_results.main_rows({**RESULTS, "data": {"name": "jsonl"}})[-1][0] == "a", "the paper measured MESC"
+    assert grid_results.comparison_rows(RESULTS) == [
         ["", "BLEU", "ROUGE-L"],
         ["p - a", "+0.2500 [+0.1250, +0.5000]", "-0.1000 [-0.2000, +0.1000]"],
     ]
-    assert grid.comparison_rows(RESULTS, intervals=False)[1] == ["p - a", "+0.2500*", "-0.1000 "]
-    lines = grid.markdown(RESULTS).splitlines()
+    assert grid_results.comparison_rows(RESULTS, intervals=False)[1] == ["p - a", "+0.2500*", "-0.1000 "]
+    lines = grid_results.markdown(RESULTS).splitlines()
     assert "| a | 0.2500 ± 0.1250 | 10.0 ± 0.0 |" in lines and "| --- | ---: | ---: |" in lines
     assert lines[-1] == "Commit abc; 1 x cpu, 2 cores; 1.50 h; jax 1.0."
-    assert "Differences" not in grid.markdown({**RESULTS, "comparisons": {}})
+    assert "Differences" not in grid_results.markdown({**RESULTS, "comparisons": {}})
 
 
 def test_a_curve_goes_as_far_as_every_seed_got():

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
-from therapy_jax.evaluate import ROWS, TRIVIAL
 from therapy_jax.gpt2 import GPT2Config
+from therapy_jax.results_table import ROWS, TRIVIAL
 
 TAGS = "tags: [gpt2, therapy_jax, research-demo]"  # by this line a card of ours is known
 STAGES = {

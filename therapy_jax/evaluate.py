@@ -1,4 +1,4 @@
-"""Systems x metrics -> one table.
+"""Systems x metrics -> the lines of results.json.
 
 Trained systems answer every prompt; the trivial ones (one constant reply, the nearest training reply, a random one) say
 what a metric is worth: what a constant answer can win is shown beside what the model wins.
@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.box
 from jax.sharding import Mesh
-from rich.table import Table
 
 from therapy_jax import baselines, batching, consensus, gpt2, metrics, prompts, sharding
 from therapy_jax.config import PromptConfig, SamplingConfig
@@ -28,23 +26,6 @@ from therapy_jax.rewards.batch import PAD_TO, Fixed, References
 from therapy_jax.sampling import Reply, generate
 from therapy_jax.sft import sft_logprobs
 
-PAPER = {  # arXiv 2511.11884; tokenisation and BLEU order are not stated there
-    "bleu": 0.0111,
-    "rouge1": 0.1397,
-    "rouge2": 0.0213,
-    "rougeL": 0.1317,
-    "meteor": 0.0581,
-    "emotion_accuracy": 0.9934,
-    "base_emotion_accuracy": 0.6696,
-}
-
-
-TRIVIAL = {  # what a trivial answer wins is what a metric is worth
-    "constant": "the best single answer of train, another for each metric",
-    "commonplace": "the answers of train that share most phrases with all others, as few as are half as varied as therapists are",
-    "retrieval": "the answer to the nearest client of train",
-    "random": "any answer of train",
-}
 WITHOUT_REFERENCE = ("distinct1", "distinct2", "commonest_share", "reply_words", "reply_perplexity")
 
 
@@ -313,67 +294,3 @@ def constants(
 def perplexity_of(losses: np.ndarray, tokens: np.ndarray) -> float:
     """exp of the mean negative log-likelihood per token over all replies (tokens weigh equally, not replies)."""
     return math.exp(losses.sum() / tokens.sum())
-
-
-ROWS = {  # results.json -> what the table calls it
-    "reward": "reward",
-    "bleu": "BLEU",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "meteor": "METEOR",
-    "meteor_exact_stem": "METEOR (ex., stem)",
-    "emotion_stated_accuracy": "stated acc.",
-    "emotion_stated_macro_f1": "stated F1",
-    "emotion_expressed_accuracy": "expressed acc.",
-    "emotion_expressed_macro_f1": "expressed F1",
-    "distinct1": "Distinct-1",
-    "distinct2": "Distinct-2",
-    "commonest_share": "commonest",
-    "reply_perplexity": "reply perpl.",
-    "perplexity": "perplexity",
-    "reply_words": "words",
-    "stop_rate": "stops",
-}
-
-
-def table_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Head and rows of the table: a row a metric, a column a system, the paper's figures last."""
-    data, systems = results["data"], results["systems"]
-    paper = {**PAPER, "emotion_stated_accuracy": PAPER["emotion_accuracy"]} if data["name"] == "mesc" else {}
-    rows = [["", *systems, "paper"]]
-    for key, label in ROWS.items():
-        if any(key in values for values in systems.values()):
-            digits = 1 if key in ("perplexity", "reply_perplexity", "reply_words") else 4
-            cells = [values.get(key) for values in (*systems.values(), paper)]
-            rows.append([label, *("" if cell is None else f"{cell:.{digits}f}" for cell in cells)])
-    return rows
-
-
-def table_caption(results: dict[str, Any]) -> tuple[str, str]:
-    """What stands above and below the table."""
-    data, majority = results["data"], results["emotion_majority_accuracy"]
-    below = "no emotion is annotated"
-    if majority is not None:
-        below = f"emotion accuracy of always answering the majority: {majority:.4f}; stated emotions only"
-    return f"{data['name']}, {data['split']} split, {data['n']} exchanges", below
-
-
-def table(results: dict[str, Any]) -> Table:
-    """results.json for the screen."""
-    above, below = table_caption(results)
-    out = Table(
-        title=above,
-        caption=below,
-        title_justify="left",
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-    )
-    head, *rows = table_rows(results)
-    out.add_column(head[0], no_wrap=True)
-    for name in head[1:]:
-        out.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        out.add_row(*row)
-    return out

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from therapy_jax import evaluate, grid, logs, plots, run
+from therapy_jax import grid_results, logs, plots, results_table, run
 from therapy_jax.config import Config
 from therapy_jax.files import as_path, is_remote, write_json, write_text
 from therapy_jax.page import CSS, PAGE, decimals, esc, figure, loupe_table, section, strip, table
@@ -140,15 +140,15 @@ def alarms(records: Sequence[Mapping[str, Any]]) -> str:
 def systems(results: Mapping[str, Any]) -> str:
     if not results:
         return ""
-    above, below = evaluate.table_caption(dict(results))
-    rows = evaluate.table_rows(dict(results))
+    above, below = results_table.caption(dict(results))
+    rows = results_table.rows(dict(results))
     rows = rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]  # no paper's figures for other data
     compared = [
         f"<li>{esc(pair)}: " + esc(", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in by.items())) + "</li>"
         for pair, by in results["comparisons"].items()
     ]  # fmt: skip
     more = f"<details><summary>Differences, with 95 % intervals of a paired bootstrap</summary><ul>{''.join(compared)}</ul></details>"
-    trivial = "; ".join(f"{name}: {what}" for name, what in evaluate.TRIVIAL.items() if name in results["systems"])
+    trivial = "; ".join(f"{name}: {what}" for name, what in results_table.TRIVIAL.items() if name in results["systems"])
     return section(
         "Systems",
         f"<p>{esc(above)}. What a trivial answer wins is what a metric is worth: {trivial or 'none was asked'}.</p>"
@@ -170,10 +170,10 @@ def experiment(folder: Path, results: Mapping[str, Any]) -> str:
         f'<li><a href="{quote(str(path.relative_to(folder)))}">{esc(str(path.parent.relative_to(folder)))}</a></li>'
         for path in sorted(folder.glob("seed*/*/report.html"))
     ]
-    compared = grid.comparison_rows(results)
+    compared = grid_results.comparison_rows(results)
     return section(
         "Cells",
-        table(grid.main_rows(results))
+        table(grid_results.main_rows(results))
         + (f"<h3>Differences, with 95 % intervals</h3>{table(compared)}" if compared else "")
         + shown
         + (f"<h3>Each cell's own report</h3><ul>{''.join(cells)}</ul>" if cells else ""),
