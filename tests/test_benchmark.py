@@ -15,8 +15,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark  # noqa: E402
 import benchmark_agree  # noqa: E402
+import benchmark_measure  # noqa: E402
 import benchmark_report  # noqa: E402
 import benchmark_rows  # noqa: E402
+import benchmark_sides  # noqa: E402
 from benchmark_rows import Shapes, Size  # noqa: E402
 
 SMALL = Size(layers=1, width=2, heads=1, vocabulary=10)  # a block's matrices hold 12 * 2 * 2 = 48 weights
@@ -152,23 +154,23 @@ def test_startup_counts_an_empty_and_a_filled_cache(tmp_path, monkeypatch):
     scripts.mkdir()
     (scripts / "train_sft.py").write_text("")
     (scripts / "train_ppo.py").write_text(STUB)
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    settings = benchmark.Settings(tmp_path, sys.executable, 1, 2, 0.0, {})
-    row = benchmark.measure_startup(settings)
+    monkeypatch.setattr(benchmark_measure, "ROOT", tmp_path)
+    settings = benchmark_sides.Settings(tmp_path, sys.executable, 1, 2, 0.0, {})
+    row = benchmark_measure.measure_startup(settings)
     assert row["sides"] == ["filled cache", "empty cache"]
     filled, empty = row["all_seconds"]
     assert len(filled) == len(empty) == 2 and all(a < b < 30 for a, b in zip(filled, empty, strict=True))
     assert row["ratio"] > 1
 
     (scripts / "train_ppo.py").write_text("raise SystemExit(3)")
-    with pytest.raises(benchmark.BenchmarkError, match=r"code 3 before its first iteration"):
-        benchmark.measure_startup(settings)
+    with pytest.raises(benchmark_sides.BenchmarkError, match=r"code 3 before its first iteration"):
+        benchmark_measure.measure_startup(settings)
 
 
 def test_startup_flags_are_knobs():
     from therapy_jax import config
 
-    flags = [part for name, value in benchmark.STARTUP.items() for part in (f"--{name}", str(value))]
+    flags = [part for name, value in benchmark_measure.STARTUP.items() for part in (f"--{name}", str(value))]
     assert config.parse(["--config", str(ROOT / "configs" / "quickstart.yaml"), *flags]).ppo.iterations == 4
 
 
@@ -195,7 +197,7 @@ def test_pictures_of_rows_and_of_scaling(tmp_path):
     results = [{"name": "a", "ratio": 2.0, "spread": (1.5, 2.5)}, {"name": "b"}]
     points = [
         {"work": work, "axis": axis, "value": n, "seconds": n / 10, "peak_bytes": None if axis == "length" else n * 2**20}
-        for work in benchmark.SCALED for axis in ("batch", "length") for n in (2, 4)
+        for work in benchmark_measure.SCALED for axis in ("batch", "length") for n in (2, 4)
     ]  # fmt: skip
     benchmark_report.plot_ratios(results, tmp_path / "ratios.png")
     benchmark_report.plot_scaling(points, tmp_path / "scaling.png")
