@@ -21,6 +21,7 @@ from therapy_jax import (
     gpt2,
     logs,
     metrics,
+    origin,
     processes,
     prompts,
     report,
@@ -44,17 +45,30 @@ def main(config: Config) -> None:
     mesh = sharding.make_mesh(config.mesh)
     cfg = config.evaluate
     sharding.check_divides(cfg.batch_size, mesh, "evaluate.batch_size")
-    data = {
-        split: [e for d in part for e in exchanges(d)]
-        for split, part in run.read_data(config.data, config.seed).items()
-    }
-    chosen = data[cfg.split][: cfg.limit]
-    if not chosen:
+    dialogues = run.read_data(config.data, config.seed)
+    data = {split: [e for d in part for e in exchanges(d)] for split, part in dialogues.items()}
+    if not data[cfg.split]:
         raise ConfigError(f"the {cfg.split} split is empty; choose another with --evaluate.split")
-    gold = [e.therapist.emotion for e in chosen]
+    for name in dict.fromkeys(["sft", *(name for name in cfg.systems if name in MODELS)]):  # before hours of answering
+        held_out = dialogues[cfg.split] if cfg.split != "train" else []
+        origin.check(stages.model_of(folder, name), config, held_out, cfg.split)
 
     # The SFT model is the trunk that scores every system; its tokens carry the trivial answers too.
     gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
+    room = gpt2_config.n_positions - config.sampling.max_new_tokens
+    fits = [
+        e
+        for e in data[cfg.split]
+        if len(prompts.encode_prompt(tokenizer, e.context, e.client, config.prompt)[0]) <= room
+    ]
+    too_long, chosen = len(data[cfg.split]) - len(fits), fits[: cfg.limit]
+    if not chosen:
+        raise ConfigError(
+            f"no prompt of the {cfg.split} split fits into the model's positions with a reply ({room} tokens)"
+        )
+    if too_long:
+        run.warn(f"{too_long} exchanges left out, for all systems: the prompt has more than {room} tokens")
+    gold = [e.therapist.emotion for e in chosen]
     scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
     refs = reward_batch.make_references(chosen, scorer.trunk, tokenizer, model=scorer.model)
     evaluator = tfidf.fit_evaluator(data, config.seed)
@@ -92,13 +106,20 @@ def main(config: Config) -> None:
             samples[name] = [of_turns(baselines.commonplace(train, len(chosen), seed, half)) for seed in seeds]
         else:
             samples[name] = [of_turns(baselines.random_reply(train, len(chosen), seed)) for seed in seeds]
+    console.print(f"scoring {sum(map(len, samples.values()))} lists of answers ...")
     drawn = {name: [judged(system) for system in draws] for name, draws in samples.items()}
     means = {name: evaluate.mean_row(rows) for name, rows in drawn.items()}
     systems = {name: (means | systems)[name] for name in cfg.systems}
     therapist = judged(of_turns([e.therapist for e in chosen]))  # what a person scores on metrics without a reference
 
     results = {
-        "data": {"name": config.data.format, "split": cfg.split, "n": len(chosen), "sha256": fingerprint(config)},
+        "data": {
+            "name": config.data.format,
+            "split": cfg.split,
+            "n": len(chosen),
+            "left_out": too_long,
+            "sha256": fingerprint(config),
+        },
         "decoding": {**dataclasses.asdict(run.decoding(config)), "candidates": cfg.candidates, "draws": cfg.draws},
         "signature": metrics.signature(),
         "reward_weights": scorer.weights,

@@ -1,6 +1,6 @@
 """Hand a model on: a stage of a run -> a Hugging Face folder that torch's GPT2LMHeadModel and `transformers serve` load.
 
-Weights, config, tokenizer with the prompt as its chat template, decoding as in the evaluation, the value head in a file of
+Weights, config, tokenizer with the prompt as its chat template, one reply decoded as in the evaluation, the value head in a file of
 its own, and a model card written from the run. The run itself is only read.
 """
 

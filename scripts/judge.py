@@ -74,8 +74,13 @@ def read(path: Path) -> Any:
 def exchanges_of(config: Config, answers: list[dict[str, str]], path: Path) -> list[Exchange]:
     """The exchanges that were answered, with the turns before them. Raises ConfigError where the data is not that."""
     data = run.read_data(config.data, config.seed)
-    chosen = [e for dialogue in data[config.evaluate.split] for e in exchanges(dialogue)][: len(answers)]
-    if [(e.client.text, e.therapist.text) for e in chosen] != [(a["client"], a["therapist"]) for a in answers]:
+    known = (e for dialogue in data[config.evaluate.split] for e in exchanges(dialogue))  # some may have been left out
+    found = (
+        next((e for e in known if (e.client.text, e.therapist.text) == (a["client"], a["therapist"])), None)
+        for a in answers
+    )
+    chosen = [e for e in found if e is not None]
+    if len(chosen) < len(answers):
         raise ConfigError(
             f"{path} does not answer the exchanges of this config; give the run's own: --config {path.parent / 'config.yaml'}"
         )
@@ -88,7 +93,7 @@ def replies_of(
     answers: list[dict[str, str]], results: dict[str, Any], wanted: list[str] | None, folder: Path
 ) -> dict[str, list[str]]:
     """{system: replies}: those of answers.json, the constant one that is best by ROUGE-L, and the person's own."""
-    found = {name: [a[name] for a in answers] for name in answers[0] if name != "client"}
+    found = {name: [a[name] for a in answers] for name in answers[0] if name not in ("context", "client")}
     if constant := results.get("constants", {}).get("rougeL"):
         found["constant"] = [constant] * len(answers)
     found["therapist"] = found.pop("therapist")  # last in the table

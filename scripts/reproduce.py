@@ -85,7 +85,9 @@ def pretrain(config: Config) -> None:
     """The model that all cells start from."""
     folder = run.start(config, "pretrain")
     dialogues = run.read_data(config.data, config.seed)
-    made = train_sft.make_base(config, folder, dialogues, sharding.make_mesh(config.mesh))
+    made = train_sft.make_base(
+        config, folder, dialogues, train_sft.read_corpora(config), sharding.make_mesh(config.mesh)
+    )
     weights.save_pretrained(folder / "base" / "model", *made)
 
 

@@ -1,6 +1,6 @@
 """PPO: run_dir/sft/model -> run_dir/ppo/model, the policy improved against the multi-component reward.
 
-Every eval_every iterations the same validation prompts are answered, decoded as in the evaluation (greedily by default);
+Every eval_every iterations the same validation prompts are answered, once each, at the evaluation's temperature (greedily by default);
 the policy that is best there by ppo.keep_best is kept. Stopped and started again, it goes on from its last checkpoint.
 """
 
@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,13 @@ from safetensors.numpy import save_file
 from therapy_jax import (
     batching,
     checkpoint,
+    classifiers,
     evaluate,
     files,
     gpt2,
     logs,
     metrics,
+    origin,
     ppo,
     processes,
     prompts,
@@ -68,10 +71,9 @@ def main(config: Config) -> None:
     mesh = sharding.make_mesh(config.mesh)
     part = cfg.batch_size // cfg.replies_per_prompt // cfg.minibatches
     sharding.check_divides(part, mesh, "ppo.batch_size / ppo.replies_per_prompt / ppo.minibatches")
-    data = {
-        split: [e for d in part for e in exchanges(d)]
-        for split, part in run.read_data(config.data, config.seed).items()
-    }
+    dialogues = run.read_data(config.data, config.seed)
+    data = {split: [e for d in part for e in exchanges(d)] for split, part in dialogues.items()}
+    origin.check(stages.model_of(folder, "sft"), config, dialogues["validation"], "validation")
     gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
     model, tx = gpt2.GPT2(gpt2_config), ppo.optimizer(cfg)
     scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
@@ -83,8 +85,13 @@ def main(config: Config) -> None:
     state = sharding.make_state(mesh, make, sharding.place(mesh, params))
     sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
+    if config.rewards.custom:  # a reward that was edited is another reward
+        file = Path(config.rewards.custom.path.rpartition(":")[0]).expanduser()
+        settings["custom_reward"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    validation = {"validation": dataclasses.asdict(run.decoding(config))}  # scores that choose must be of one decoding
     same_anywhere = dataclasses.replace(gpt2_config, mesh=None, remat=False)  # a run may go on with other devices
-    belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings}
+    trunk = {"trunk": classifiers.digest(scorer.trunk)}
+    belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings, **validation, **trunk}
     best_metric, mode = (
         f"validation/{cfg.keep_best.removeprefix('-')}",
         "min" if cfg.keep_best.startswith("-") else "max",
@@ -138,7 +145,7 @@ def main(config: Config) -> None:
         while finished < cfg.iterations and not stopped:
             before = compiled()
             state, on_device = iterate(state, finished)
-            if finished > done and compiled() > before:
+            if finished > done and compiled() > before and not scorer.host:  # an encoder, or a reward of yours, may
                 console.print(f"[yellow]iteration {finished + 1} compiled a program anew: slow, and a fault of ours")
             line = {name: logs.plain(value) for name, value in jax.device_get(on_device).items()}
             run.check_finite(line)
@@ -166,6 +173,7 @@ def main(config: Config) -> None:
         restored = checkpoint.restore(manager, state, belongs_to, checkpoint.ranking(scores, mode), run.warn)
         assert restored is not None
         state, best, _ = restored
+    origin.note(folder / "ppo" / "model", config, dialogues["train"])
     export(folder / "ppo", gpt2_config, state, tokenizer)
     console.print(
         f"ppo: best {best_metric} {scores.get(best, float('nan')):.4f} at iteration {best} (SFT: iteration 0); "
@@ -213,18 +221,14 @@ def probe(config: Config, ready: Prepared, scorer: evaluate.Scorer) -> list[str]
     two = ready.exchanges[:2]
     said = [prompts.encode_reply(scorer.tokenizer, e.therapist, e.client.emotion, config.prompt) for e in two]
     _, terms = evaluate.reward_terms(scorer, said, jax.tree.map(lambda x: x[:2], ready.references), two)
-    wanted = config.rewards.custom.weights if config.rewards.custom else {}
-    if unknown := sorted(set(wanted) - set(terms)):
-        names = ", ".join(sorted(set(terms) - set(combine.TERMS)))
-        raise ConfigError(f"rewards.custom.weights: the function gives no {', '.join(unknown)}; it gives {names}")
     return sorted(terms)
 
 
 def make_validation(
     config: Config, folder: Path, data: dict[str, list[Exchange]], ready: Prepared, scorer: evaluate.Scorer, mesh: Mesh
 ) -> Callable[[Any, int], dict[str, float]]:
-    """-> a function (policy, iteration) -> {validation/NAME: value}: replies to the fixed prompts, decoded as evaluate.py
-    will; the reward, and metrics that are not in it."""
+    """-> a function (policy, iteration) -> {validation/NAME: value}: one reply to each fixed prompt, at the temperature
+    of evaluate.py; the reward, and metrics that are not in it."""
     expressed, language = tfidf.fit_evaluator(data, config.seed), stages.load_language_model(config)
     therapists = [e.therapist for e in ready.held_out]
     gold = [turn.emotion for turn in therapists]

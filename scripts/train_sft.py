@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from therapy_jax import (
     files,
     gpt2,
     logs,
+    origin,
     packing,
     processes,
     prompts,
@@ -38,11 +40,12 @@ from therapy_jax import (
     weights,
 )
 from therapy_jax.batching import Batch
-from therapy_jax.config import Config, TrainingConfig
+from therapy_jax.config import Config, ConfigError, TrainingConfig
 from therapy_jax.dialogue import Dialogue, exchanges
 from therapy_jax.prompts import Example
 from therapy_jax.run import console
 
+TOKENIZER_ORIGIN = "tokenizer_origin.json"  # with what settings the tokenizer beside it was trained
 BATCHES_PER_VALIDATION = 32  # at most: a validation loss should cost little beside eval_every steps
 
 
@@ -52,7 +55,8 @@ def main(config: Config) -> None:
     sharding.check_divides(config.sft.batch_size // config.sft.accumulate, mesh, "sft.batch_size / sft.accumulate")
     dialogues = run.read_data(config.data, config.seed)
 
-    gpt2_config, params, tokenizer = make_base(config, folder, dialogues, mesh)
+    corpora = read_corpora(config)
+    gpt2_config, params, tokenizer = make_base(config, folder, dialogues, corpora, mesh)
     weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
 
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
@@ -68,6 +72,9 @@ def main(config: Config) -> None:
         batch_of, per_epoch = whole_conversations(config, config.sft.row_tokens, conversations["train"])
 
     held_out = examples["validation"]
+    if not examples["train"] or not held_out:
+        missing = "train" if not examples["train"] else "validation"
+        raise ConfigError(f"sft: the {missing} split has no exchange ({sizes}); see data.splits, or give more data")
     order = np.argsort([len(e.prompt) + len(e.reply) for e in held_out], kind="stable")
     chunks = [
         [held_out[i] for i in order[k : k + config.sft.batch_size]] for k in range(0, len(order), config.sft.batch_size)
@@ -81,6 +88,7 @@ def main(config: Config) -> None:
     params = fit(
         "sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections
     )
+    origin.note(folder / "sft" / "model", config, [d for corpus in (dialogues, *corpora) for d in corpus["train"]])
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {folder / 'sft' / 'model'}")
 
@@ -122,16 +130,29 @@ def whole_conversations(
     return batch_of, per_epoch
 
 
+def read_corpora(config: Config) -> list[dict[str, list[Dialogue]]]:
+    """What is pre-trained on, where anything is."""
+    return [run.read_data(data, config.seed) for data in config.pretrain.data] if config.pretrain else []
+
+
 def make_base(
-    config: Config, folder: Path, dialogues: dict[str, list[Dialogue]], mesh: Mesh
+    config: Config,
+    folder: Path,
+    dialogues: dict[str, list[Dialogue]],
+    corpora: list[dict[str, list[Dialogue]]],
+    mesh: Mesh,
 ) -> tuple[gpt2.GPT2Config, Any, Any]:
     """The model before SFT, with rows for the prompt's special tokens -> (GPT2Config, params, tokenizer)."""
-    corpora = [run.read_data(data, config.seed) for data in config.pretrain.data] if config.pretrain else []
     saved = folder / "base" / "model"
     name = config.tokenizer.name or config.model.name
+    learnt = {"pretrain.data": [dataclasses.asdict(d) for d in config.pretrain.data]} if config.pretrain else {}
+    made_from = {"vocab_size": config.tokenizer.vocab_size, "seed": config.seed} | (
+        learnt or {"data": dataclasses.asdict(config.data)}
+    )
     if name is not None:
         tokenizer = prompts.load_tokenizer(name)
     elif processes.shared((saved / "tokenizer.json").is_file()):  # a restart: ids must mean what they meant
+        check_tokenizer(saved, made_from)
         tokenizer = prompts.load_tokenizer(files.fetched(saved))
     else:
         texts = [prompts.plain_text(d.turns) for corpus in corpora or [dialogues] for d in corpus["train"]]
@@ -139,6 +160,7 @@ def make_base(
     prompts.add_special_tokens(tokenizer)
     if processes.is_writer():
         with files.staged(saved, last="tokenizer.json") as here:
+            files.write_json(here / TOKENIZER_ORIGIN, made_from if name is None else {"name": name})
             weights.save_tokenizer(here, tokenizer)
 
     if config.model.name is not None:
@@ -167,6 +189,17 @@ def make_base(
     return *weights.resize_vocabulary(gpt2_config, params, max(len(tokenizer), gpt2_config.vocab_size)), tokenizer
 
 
+def check_tokenizer(saved: Path, made_from: dict[str, Any]) -> None:
+    """Raises ConfigError where the tokenizer of an earlier start was trained with other settings than today's."""
+    path = saved / TOKENIZER_ORIGIN
+    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else made_from
+    if differing := [f"{k} was {then.get(k)}, now {made_from[k]}" for k in made_from if then.get(k) != made_from[k]]:
+        raise ConfigError(
+            f"{saved}: the tokenizer there was made with other settings ({'; '.join(differing)}); set these back, or start in "
+            "a new run_dir"
+        )
+
+
 def pretrain(
     config: Config, folder: Path, corpora: list, tokenizer: Any, gpt2_config: gpt2.GPT2Config, params: Any, mesh: Mesh
 ) -> Any:
@@ -187,7 +220,19 @@ def pretrain(
     console.print(
         f"pretrain: {train.size:,} tokens in {len(train):,} blocks of {training.block_tokens}, {held_out.size:,} tokens held out"
     )
+    if training.block_tokens > gpt2_config.n_positions:
+        raise ConfigError(
+            f"pretrain.block_tokens ({training.block_tokens}) is more than the model's {gpt2_config.n_positions} positions"
+        )
     per_epoch = len(train) // training.batch_size
+    if not per_epoch or not len(held_out):
+        split, found = ("train", train) if not per_epoch else ("validation", held_out)
+        raise ConfigError(
+            f"pretrain: the {split} split has {len(found)} blocks of {training.block_tokens} tokens, a batch has "
+            f"{training.batch_size}; lower pretrain.batch_size or pretrain.block_tokens, or give more data"
+        )
+    if len(held_out) < training.batch_size:  # one batch, in which some blocks count more than once
+        held_out = np.resize(held_out, (training.batch_size, training.block_tokens))
 
     def batch_of(step: int, mine: np.ndarray) -> Batch:
         order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(train))
@@ -241,10 +286,13 @@ def fit(
     loss_program = jax.jit(functools.partial(sft.sft_loss, key=None, model=model))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
+    spread = np.linspace(0, len(validation) - 1, min(BATCHES_PER_VALIDATION, len(validation))).round().astype(int)
+    judged = [validation[i] for i in spread]  # not the first ones: they are the shortest exchanges, or one corpus
+
     def validate(params: Any) -> float:
         sums = [
             loss_program(params, sharding.split_batch(mesh, batching.without_mask(batch)))
-            for batch in (jax.tree.map(lambda x: x[mine], whole) for whole in validation[:BATCHES_PER_VALIDATION])
+            for batch in (jax.tree.map(lambda x: x[mine], whole) for whole in judged)
         ]
         return float(sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums))
 

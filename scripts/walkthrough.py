@@ -296,7 +296,7 @@ def models(config: Config, dialogues: dict[str, list[Dialogue]]) -> Iterator[tup
     short = dataclasses.replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, SHORT))
     config = dataclasses.replace(config, pretrain=None, classifiers=reader, sampling=short, mesh=MeshConfig(data=1))
     with tempfile.TemporaryDirectory() as name:
-        made = train_sft.make_base(config, Path(name), dialogues, sharding.make_mesh(config.mesh))
+        made = train_sft.make_base(config, Path(name), dialogues, [], sharding.make_mesh(config.mesh))
         weights.save_pretrained(Path(name) / "sft" / "model", *made)
         yield Path(name), config
 

@@ -12,6 +12,7 @@ from therapy_jax import classifiers, consensus, dialogue, evaluate, gpt2, prompt
 from therapy_jax.config import MeshConfig, PromptConfig, RewardWeights, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
 from therapy_jax.rewards.batch import Fixed, make_references
+from therapy_jax.rewards.combine import RewardError
 from therapy_jax.rewards.scoring import HostRewards
 from therapy_jax.rewards.words import make_vocabulary
 
@@ -158,6 +159,20 @@ def test_alarm_rings_only_where_the_reward_rises_and_something_else_falls():
     assert "meteor 0.100 -> 0.050" in str(alarm(reward=0.3, meteor=0.05))
     assert "distinct2" in str(alarm(reward=0.3, distinct2=0.2)) and "stop_rate" in str(alarm(reward=0.3, stop_rate=0.1))
     assert "commonest_share" in str(alarm(reward=0.3, commonest_share=0.4))
+    before["perplexity"], lost = 9.0, {"validation/reward": 0.3}  # a restart without the judge, and without WordNet
+    assert evaluate.alarm({f"validation/{k}": v for k, v in before.items()}, lost) is None
+
+
+def test_a_reward_that_is_no_number_names_its_term_and_the_reply(data, scorer):
+    exchanges = data["test"][:4]
+    turns = [e.therapist for e in exchanges]
+    share = scorer._replace(device_custom=lambda b: {"share": b.words_mask.sum(-1) / b.words_mask.sum(-1)})
+    assert score(turns, exchanges, share).terms["share"] == 1.0
+    turns[2] = dataclasses.replace(turns[2], text="?!")  # no word at all: 0 / 0
+    with pytest.raises(RewardError, match=r"reward term share is nan for sample 2 \(reply: '\?!'\)"):
+        score(turns, exchanges, share)
+    with pytest.raises(RewardError, match="gives no shore; it gives share"):
+        score(turns[:2], exchanges[:2], share._replace(weights={"shore": 1.0}))
 
 
 def test_a_constant_wins_no_diversity_and_stands_in_the_table(data, scorer):

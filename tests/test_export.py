@@ -93,7 +93,7 @@ def exported(run_folder, tmp_path_factory):
     """What export_hf.py writes of it, greedy decoding; nothing but the script's own function, so without a process."""
     folder, _ = run_folder
     out = tmp_path_factory.mktemp("out") / "model"
-    decoding = {"max_new_tokens": 12, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    decoding = {"max_new_tokens": 12, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "candidates": 1, "draws": 1}
     record = card.read_record(folder, CONFIG)
     export.write(out, folder, "ppo", record._replace(results={"decoding": decoding}))
     return out
@@ -403,7 +403,7 @@ def results_of(seed: int = 0) -> dict:
     keys = ("reward", "bleu", "rougeL", "meteor", "emotion_stated_accuracy", "reply_words")
     return {
         "data": {"name": "jsonl", "split": "test", "n": 57, "sha256": "ab" * 32},
-        "decoding": {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0},
+        "decoding": {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "candidates": 4, "draws": 2},
         "signature": "tok:x|v1",
         "systems": {
             name: {key: float(rng.random()) for key in keys}

@@ -132,7 +132,8 @@ def folder(tmp_path) -> Path:
     """A run folder as evaluate.py leaves it: six exchanges of the sample, each system's replies rated as their last digit."""
     ratings = {"xylograph": "111111", "quokka_7b": "123451", "sft": "222233", "ppo": "334455"}
     rows = [
-        {"client": e.client.text, "therapist": e.therapist.text}
+        {"context": [{"speaker": t.speaker, "text": t.text} for t in e.context], "client": e.client.text}
+        | {"therapist": e.therapist.text}
         | {s: f"Reply {i}{'abcd'[k]}, no one's {ratings[s][i]}" for k, s in enumerate(SYSTEMS)}
         for i, e in enumerate(dialogue.read(None, "jsonl")["test"][:6])
     ]

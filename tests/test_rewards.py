@@ -291,6 +291,12 @@ def test_shares_are_0_where_scores_differ_by_rounding_alone(size):
     assert [metrics[f"share/{name}"] for name in NAMES] == [0, 0, 0]
 
 
+def test_terms_that_come_and_go_are_named():
+    stats = combine.init_stats(["a"])
+    with pytest.raises(combine.RewardError, match="b is there for some only"):
+        combine.combine({"a": jnp.ones(2), "b": jnp.ones(2)}, {}, stats, standardise=False)
+
+
 def test_fractions_survive_whatever_the_weights_are():
     raw = {"a": jnp.asarray([0.7, 1.9]), "b": jnp.asarray([1.0, 0.0])}
     stats = combine.init_stats(raw)

@@ -46,3 +46,11 @@ def test_an_unexpected_fault_says_where_its_traceback_is(tmp_path):
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert "nobody thought of this" in (tmp_path / "error.log").read_text(encoding="utf-8")
     assert str(tmp_path / "error.log") in done.stdout
+
+
+def test_a_line_separator_in_a_reply_splits_no_log_line(tmp_path):
+    records = [{"stage": "ppo", "step": i, "reply": text} for i, text in enumerate(("a\u2028b", "c\u2029", "d\x85e"))]
+    logs.append(tmp_path / "samples.jsonl", records)
+    assert logs.read_log(tmp_path / "samples.jsonl") == records
+    assert list(logs.take_up(tmp_path, "ppo", 1, "samples.jsonl")) == [0, 1]
+    assert logs.read_log(tmp_path / "samples.jsonl") == records[:2]

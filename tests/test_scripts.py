@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +37,14 @@ TINY = {  # the whole way in seconds: what it learns does not matter here
 
 def command(script: str, run_dir: Path, **changes) -> list[str]:
     overrides = {**TINY, **changes}
-    flags = [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
+    flags = [part for name, value in overrides.items() if value is not None for part in (f"--{name}", str(value))]
     args = ["--config", "configs/quickstart.yaml", "--run_dir", str(run_dir), *flags]
     return [sys.executable, f"scripts/{script}.py", *args]
+
+
+def conversation(name: str, client: str, split: str) -> dict:
+    turns = [("client", client), ("therapist", "What happened?"), ("client", "It rained."), ("therapist", "I see.")]
+    return {"id": name, "split": split, "turns": [{"speaker": who, "text": text} for who, text in turns]}
 
 
 def run(args: list[str], **kwargs) -> subprocess.CompletedProcess:
@@ -70,6 +76,15 @@ def test_every_config_loads_and_round_trips(path, tmp_path):
         (["--prompt.format", "utterance", "--prompt.emotion", "inferred"], "prompt.emotion"),
         (["--model.n_head", "3"], "model.n_head"),
         (["--prompt.max_tokens", "5000"], "n_positions"),
+        (["--evaluate.limit", "0"], "evaluate.limit must be above 0"),
+        (["--evaluate.batch_size", "-4"], "evaluate.batch_size"),
+        (["--evaluate.bootstrap", "0"], "evaluate.bootstrap"),
+        (["--evaluate.temperature", "-1"], "temperature must be"),
+        (["--ppo.clip", "-0.2"], "ppo.clip"),
+        (["--ppo.kl_coef", "-1"], "ppo.kl_coef"),
+        (["--ppo.max_update_kl", "-1"], "ppo.max_update_kl"),
+        (["--seed", "-1"], "seed must be"),
+        (["--pretrain", '{"block_tokens": 0}'], "block_tokens"),
     ],
 )
 def test_a_mistake_is_named_and_exits_with_2(args, named, capsys):
@@ -108,12 +123,19 @@ def test_help_needs_no_jax():
         ("train_sft", {"data.path": "nowhere.jsonl"}, "nowhere.jsonl"),
         ("train_sft", {"model.name": "nobody/no-such-model"}, "nobody/no-such-model"),
         ("train_sft", {"mesh.data": 64}, "mesh.data"),
+        ("train_sft", {"pretrain.batch_size": 4096}, "pretrain: the train split has"),
+        ("train_sft", {"pretrain.block_tokens": 512}, "more than the model's 256 positions"),
+        ("train_sft", {"pretrain": "null", "data.path": "{few}"}, "sft: the validation split has no exchange"),
     ],
 )
 def test_a_mistake_that_shows_later_is_one_sentence_too(script, changes, named, tmp_path):
+    (tmp_path / "few.jsonl").write_text(json.dumps(conversation("a", "Hello.", "train")) + "\n")
+    changes = {name: str(value).replace("{few}", str(tmp_path / "few.jsonl")) for name, value in changes.items()}
+    if "pretrain" in changes:
+        changes["pretrain.epochs"] = None
     done = run(command(script, tmp_path / "run", **changes))
     assert done.returncode == 2, done.stdout + done.stderr
-    assert named in done.stdout and "Traceback" not in done.stderr
+    assert named in " ".join(done.stdout.split()) and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +278,55 @@ def test_several_draws_begin_with_the_one_of_a_single_draw_and_are_averaged(fini
         for key, (difference, low, high) in several["comparisons"][f"ppo - {other}"].items():
             assert difference == pytest.approx(means[0][key] - means[1][key], abs=1e-9)
             assert low <= difference <= high
+
+
+@pytest.mark.slow
+def test_evaluation_asks_for_every_model_before_it_begins(finished, tmp_path):
+    done = run(command("evaluate", beside(finished, tmp_path / "run"), **{"evaluate.systems": "[sft, ppo]"}))
+    assert done.returncode == 2 and "no ppo model here" in done.stdout
+    assert "answering" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_prompt_that_leaves_no_room_for_a_reply_is_left_out_for_all(finished, tmp_path):
+    """Its utterance alone fills the model's 256 positions but for a few; the reply that is on record fits."""
+    folder, data = beside(finished, tmp_path / "run"), tmp_path / "own.jsonl"
+    sample = (ROOT / "therapy_jax" / "sample" / "dialogues.jsonl").read_text()
+    data.write_text(sample + json.dumps(conversation("long", "no " * 300, "test")) + "\n")
+    changes = {"data.path": data, "evaluate.systems": "[sft, retrieval]", "evaluate.limit": 400}
+    done = run(command("evaluate", folder, **changes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 exchanges left out, for all systems" in done.stdout or "1 exchanges left out" in done.stdout
+    assert json.loads((folder / "results.json").read_text())["data"]["n"] >= 182
+
+
+@pytest.mark.slow
+def test_ppo_of_another_sft_model_is_not_gone_on_with(finished, tmp_path):
+    """The SFT model is replaced behind PPO's back: what its checkpoints hold is no policy of it."""
+    folder = tmp_path / "run"
+    (folder / "sft").mkdir(parents=True)
+    (folder / "sft" / "model").symlink_to(finished / "base" / "model")
+    shutil.copytree(finished / "ppo", folder / "ppo")
+    (folder / "config.yaml").write_text("seed: 5\n")
+    done = run(command("train_ppo", folder))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "trunk was" in " ".join(done.stdout.split())
+    assert (folder / "config.yaml").read_text() == "seed: 5\n"  # what was refused leaves the folder as it was
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_other_settings_is_not_taken_up(finished, tmp_path):
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    (tmp_path / "run" / "base" / "model").symlink_to(finished / "base" / "model")
+    done = run(command("train_sft", tmp_path / "run", **{"tokenizer.vocab_size": 700}))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "vocab_size was 600, now 700" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_other_prompts_than_those_of_the_training_are_refused(finished, tmp_path):
+    folder = beside(finished, tmp_path / "run")
+    for script in ("train_ppo", "evaluate"):
+        done = run(command(script, folder, **{"prompt.format": "utterance", "evaluate.systems": "[sft]"}))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "prompt.format was context_emotion, now utterance" in " ".join(done.stdout.split())

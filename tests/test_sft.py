@@ -136,6 +136,7 @@ def test_schedule():
     ours = sft.schedule(0.5, 4, 14, 0.1)
     by_hand = [0.0, 0.125, 0.25, 0.375, 0.5, 0.455, 0.41, 0.365, 0.32, 0.275, 0.23, 0.185, 0.14, 0.095, 0.05, 0.05]
     np.testing.assert_allclose(np.asarray([ours(i) for i in range(16)], float), by_hand, rtol=1e-5)
+    assert sft.schedule(0.5, 20, 1, 0.1)(0) == 0.5  # a single step that stood still would be no training
     assert sft.schedule(0.5, 20, 6, 0.1)(3) == 0.5  # a warm-up longer than half the run is cut to half of it
 
 

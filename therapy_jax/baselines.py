@@ -1,7 +1,8 @@
 """Systems that do not listen, to keep the table honest: whatever a model scores must be read beside these.
 
-Each is chosen on train alone and answers with Turns (text, emotion and strategy), so that stated emotion is scored as
-well. On MESC a constant reply beats retrieval and random replies on ROUGE, and "neutral" is right for 98 % of turns.
+Each is chosen on train alone (how varied `commonplace` is to be, its caller says) and answers with Turns (text, emotion and
+strategy), so that stated emotion is scored as well. On MESC a constant reply beats retrieval and random replies on ROUGE, and
+"neutral" is right for 98 % of turns.
 
 >>> from therapy_jax.dialogue import Exchange, Turn
 >>> known = Exchange("c1", (), Turn("client", "I cannot sleep."), Turn("therapist", "Since when?"))
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
-from therapy_jax.dialogue import Exchange, Turn
+from therapy_jax.dialogue import DataError, Exchange, Turn
 from therapy_jax.metrics import distinct, item_scores, mean_scores, words
 
 SAMPLE = 4000  # of train's turns, where it has more: every reply is held against every other
@@ -33,11 +34,11 @@ def constant(train: Sequence[Exchange], seed: int = 0, candidates: int = 120, re
     the candidates are the commonest replies; the others are those of most word overlap (`_overlap`). All of them meet
     the first quarter of the references; the ten best by each metric meet all. Every answer carries train's
     `majority_emotion`, which makes it the best constant by emotion accuracy too. Same train and seed, same answers;
-    about half a minute on MESC. Raises ValueError where train has no reply.
+    about half a minute on MESC. Raises DataError where train has no reply.
     """
     turns = [x.therapist for x in _some(train) if words(x.therapist.text)]
     if not turns:
-        raise ValueError("no therapist turn of train has any word")
+        raise DataError("no therapist turn of train has any word")
     random.Random(seed).shuffle(turns)
     held = max(1, min(references, len(turns) // 2))
     targets, pool = [t.text for t in turns[:held]], turns[held:] or turns
@@ -76,7 +77,7 @@ def commonplace(train: Sequence[Exchange], n: int, seed: int, least_distinct: fl
 
     Half of train (shuffled; at most SAMPLE turns) is scored against the other half, by the mean F1 of sets of word pairs,
     as ROUGE-2 is one of counts. The fewest of the best are taken, in turn, whose n replies have a Distinct-2 of at least
-    `least_distinct`; all of them where none have. Same train, n and seed, same answers. Raises ValueError where no two
+    `least_distinct`; all of them where none have. Same train, n and seed, same answers. Raises DataError where no two
     turns of train have word pairs.
     """
     chance = random.Random(seed)
@@ -84,7 +85,7 @@ def commonplace(train: Sequence[Exchange], n: int, seed: int, least_distinct: fl
     chance.shuffle(turns)
     half = min(len(turns) // 2, SAMPLE)
     if not half:
-        raise ValueError("fewer than two therapist turns of train have two words")
+        raise DataError("fewer than two therapist turns of train have two words")
     options: Any = {"analyzer": lambda text: pairwise(words(text)), "binary": True, "dtype": np.float32}
     pairs: Any = CountVectorizer(**options).fit_transform(turn.text for turn in turns[: 2 * half])
     sizes = np.asarray(pairs.sum(1))[:, 0]
@@ -115,10 +116,15 @@ def retrieval(train: Sequence[Exchange], queries: Sequence[Exchange]) -> list[Tu
     """The therapist turn of the train exchange whose client turn is nearest to the query's: cosine of TF-IDF vectors.
 
     Words and word pairs, 1 + log(count), as scikit-learn's TfidfVectorizer weighs them. The earlier of equals; a query
-    that shares no word with train gets train's first exchange. Raises ValueError where train's clients say no word.
+    that shares no word with train gets train's first exchange. Raises DataError where train's clients say no word.
     """
     tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    known = tfidf.fit_transform([x.client.text for x in _some(train)])
+    try:
+        known = tfidf.fit_transform([x.client.text for x in _some(train)])
+    except DataError:
+        raise
+    except ValueError as error:  # scikit-learn's "empty vocabulary"
+        raise DataError("no client turn of train has any word, so none can be the nearest") from error
     nearest: list[int] = []
     for start in range(0, len(queries), 256):  # in blocks: memory stays at 256 x train
         block = tfidf.transform([x.client.text for x in queries[start : start + 256]])
@@ -138,5 +144,5 @@ def echo(exchanges: Sequence[Exchange]) -> list[Turn]:
 
 def _some(exchanges: Sequence[Exchange]) -> Sequence[Exchange]:
     if not exchanges:
-        raise ValueError("no exchange to choose from: the list is empty")
+        raise DataError("no exchange to choose from: the train split is empty; check data.path and data.splits")
     return exchanges

@@ -56,7 +56,7 @@ def read_record(folder: Path, config: Config) -> Record:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         try:
             if name.endswith(".jsonl"):
-                return [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # not one cut by a kill
+                return [json.loads(line) for line in text.split("\n") if line.endswith("}")]  # not one cut by a kill
             return json.loads(text or "{}")
         except ValueError as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from error
@@ -136,7 +136,10 @@ def figures(record: Record, stage: str) -> str:
             digits = 1 if key in ("perplexity", "reply_perplexity", "reply_words") else 4
             cells = [systems[name].get(key) for name in order]
             rows.append([escape(label), *("" if cell is None else f"{cell:.{digits}f}" for cell in cells)])
-    decoding = ", ".join(f"{escape(k)} {v:g}" for k, v in results.get("decoding", {}).items())
+    told = results.get("decoding", {})
+    decoding = ", ".join(f"{escape(k)} {v:g}" for k, v in told.items())
+    if told.get("candidates", 1) > 1:  # that is code: who loads this folder has one sample
+        decoding += f"; a model's answer is the one of {told['candidates']} samples that the others agree with most, not a single sample"
     trivial = "".join(f"`{name}` is {what}. " for name, what in TRIVIAL.items() if name in systems)
     parts = [
         f"{data['n']} exchanges of the {escape(data['split'])} split (format {escape(data['name'])}, sha256 of the data "

@@ -273,14 +273,19 @@ def examples(
 # -------------------------------------------------------------------------------------------------------- save, load
 
 
-def belongs_to(config: Config, params: Params) -> dict[str, Any]:
-    """What classifiers hold for: the trunk (sha256 of its parameters), its sizes, and the settings of their training."""
-    digest = hashlib.sha256()
+def digest(params: Params) -> str:
+    """sha256 of a model's parameters."""
+    found = hashlib.sha256()
     for name, x in sorted(flatten(fetch(params)).items()):
-        digest.update(f"{name}{x.shape}".encode() + np.asarray(x, np.float32).tobytes())
+        found.update(f"{name}{x.shape}".encode() + np.asarray(x, np.float32).tobytes())
+    return found.hexdigest()
+
+
+def belongs_to(config: Config, params: Params) -> dict[str, Any]:
+    """What classifiers hold for: the trunk, its sizes, and the settings of their training."""
     settings = {f"classifiers.{k}": v for k, v in dataclasses.asdict(config.classifiers).items()}
     n_embd = int(params["wte"].shape[1])
-    return {"format": FORMAT, "n_embd": n_embd, "trunk": digest.hexdigest(), **settings,
+    return {"format": FORMAT, "n_embd": n_embd, "trunk": digest(params), **settings,
             "prompt.max_tokens": config.prompt.max_tokens}  # fmt: skip
 
 

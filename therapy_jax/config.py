@@ -133,7 +133,8 @@ class TrainingConfig:
     """Batches are padded to a multiple of this many tokens: fewer shapes to compile against less padding. A GPU compiles a
     training step for 10 to 35 s; there a few shapes are better (128, 256)."""
     max_bad_updates: int = 5
-    """Updates in a row whose loss or gradients are not finite (each is skipped) after which the run ends, its state saved."""
+    """Updates in a row whose loss or gradients are not finite (each is skipped) after which the run ends, its state saved; looked
+    at where a line is logged."""
 
     def __post_init__(self):
         require(
@@ -151,6 +152,7 @@ class TrainingConfig:
             "max_bad_updates",
         ):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        require(self.warmup_steps >= 0, f"warmup_steps must be 0 or above, not {self.warmup_steps}")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,11 @@ class PretrainConfig(TrainingConfig):
     data: list[DataConfig] = field(default_factory=lambda: [DataConfig()])
     """Data sets whose training conversations are read as plain text."""
     block_tokens: int = 128
-    """The text is cut into blocks of this many tokens; no padding."""
+    """The text is cut into blocks of this many tokens; no padding. At most the model's positions."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.block_tokens > 1, f"pretrain.block_tokens must be above 1, not {self.block_tokens}")
 
 
 @dataclass(frozen=True)
@@ -382,8 +388,14 @@ class PPOConfig:
             "eval_every",
             "eval_prompts",
             "max_bad_updates",
+            "clip",
+            "value_clip",
         ):
             require(getattr(self, name) > 0, f"ppo.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("kl_coef", "warmup_steps", "value_coef"):
+            require(getattr(self, name) >= 0, f"ppo.{name} must be 0 or above, not {getattr(self, name)}")
+        limit = self.max_update_kl
+        require(limit is None or limit > 0, f"ppo.max_update_kl must be above 0 or null, not {limit}")
         require(
             0 <= self.gamma <= 1 and 0 <= self.lam <= 1,
             f"ppo.gamma and ppo.lam must be in [0, 1], not {self.gamma} and {self.lam}",
@@ -420,6 +432,10 @@ class EvaluateConfig:
     """Resamplings of the paired bootstrap that compares the last trained system with every other one."""
 
     def __post_init__(self):
+        SamplingConfig(1, self.temperature, self.top_k, self.top_p)  # what holds there holds here
+        for name in ("batch_size", "bootstrap", "limit"):
+            value = getattr(self, name)
+            require((name == "limit" and value is None) or value > 0, f"evaluate.{name} must be above 0, not {value}")
         for name, value in (("candidates", self.candidates), ("draws", self.draws)):
             require(value >= 1, f"evaluate.{name} must be at least 1, not {value}")
             require(
@@ -560,6 +576,7 @@ class Config:
     """Folder for compiled programs, so that a second start does not compile again; null = off."""
 
     def __post_init__(self):
+        require(self.seed >= 0, f"seed must be 0 or above, not {self.seed}")
         longest = self.prompt.max_tokens + self.sampling.max_new_tokens
         require(
             self.model.name is not None or longest <= self.model.n_positions,

@@ -134,7 +134,7 @@ def _read(cache: Path) -> dict[str, Answer]:
     if whole != raw:
         os.truncate(cache, len(whole))
     try:
-        lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
         return {line["call"]: Answer(line["text"], line["model"]) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{cache} holds a line that is none of ours ({error}); delete it to ask all anew") from None

@@ -21,8 +21,9 @@ from therapy_jax.config import PromptConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS, Exchange, Turn
 from therapy_jax.gpt2 import Params
 from therapy_jax.prompts import Example, ParsedReply
-from therapy_jax.rewards import scoring
+from therapy_jax.rewards import combine, scoring
 from therapy_jax.rewards.batch import PAD_TO, Fixed, References
+from therapy_jax.rewards.combine import RewardError
 from therapy_jax.sampling import Reply, generate
 from therapy_jax.sft import sft_logprobs
 
@@ -158,7 +159,8 @@ def reward_terms(
     scorer: Scorer, replies: Sequence[Sequence[int]], refs: References, exchanges: Sequence[Exchange]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The same terms that PPO was trained on, for any replies (ids) -> (weighted total [N], {term: [N]}). All replies are one
-    batch, since `sameness` compares them with one another; terms enter as they are, never standardised by a run's statistics."""
+    batch, since `sameness` compares them with one another; terms enter as they are, never standardised by a run's statistics.
+    Raises RewardError for a weight without a term, and for a value that is NaN or infinite, naming the reply."""
     tokens, mask = batching.pad(replies, batching.round_up(max(map(len, replies)) or 1, PAD_TO), "right")
     reply = Reply(tokens, mask, np.zeros(tokens.shape, np.float32))  # pyright: ignore[reportArgumentType]
     program = jax.jit(scoring.score, static_argnames=("model", "device_custom"))
@@ -169,6 +171,14 @@ def reward_terms(
         batch, raw = sharding.fetch((batch, raw))
         raw = scoring.host_terms(scorer.host, batch, raw, scorer.tokenizer, replies, exchanges)
     terms = sharding.fetch(raw)
+    if unknown := sorted(set(scorer.weights) - set(terms)):
+        names = ", ".join(sorted(set(terms) - set(combine.TERMS))) or "none"
+        raise RewardError(f"rewards.custom.weights: the function gives no {', '.join(unknown)}; it gives {names}")
+    for name, values in terms.items():
+        if not np.isfinite(values).all():
+            i = int(np.argmin(np.isfinite(values)))
+            text = prompts.parse_reply(scorer.tokenizer, replies[i]).text
+            raise RewardError(f"reward term {name} is {values[i]} for sample {i} (reply: {text[:80]!r})")
     parts = [scorer.weights.get(name, 1.0) * values for name, values in terms.items()]
     return np.sum(parts, axis=0), terms
 
@@ -244,8 +254,9 @@ def alarm(before: dict[str, float], now: dict[str, float]) -> str | None:
     was, is_ = (lambda name: before[f"validation/{name}"]), (lambda name: now[f"validation/{name}"])
     if "validation/reward" not in before or not is_("reward") > was("reward"):
         return None
-    fallen = [n for n, share in HELD_OUT.items() if f"validation/{n}" in before and is_(n) < share * was(n)]
-    grown = [n for n, times in GROWING.items() if f"validation/{n}" in before and is_(n) > times * was(n)]
+    both = before.keys() & now.keys()  # a restart may have lost a judge, or WordNet
+    fallen = [n for n, share in HELD_OUT.items() if f"validation/{n}" in both and is_(n) < share * was(n)]
+    grown = [n for n, times in GROWING.items() if f"validation/{n}" in both and is_(n) > times * was(n)]
     if not fallen + grown:
         return None
     changes = ", ".join(f"{name} {was(name):.3f} -> {is_(name):.3f}" for name in fallen + grown)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
     tokenizer.chat_template = chat_template(tokenizer, record.config.prompt)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = config.n_positions
-    decoding = record.results.get("decoding")
-    decoding = SamplingConfig(**decoding) if decoding else run.decoding(record.config)
+    told = record.results.get("decoding")  # of one reply: what is done with several candidates is code, not weights
+    decoding = run.decoding(record.config)
+    decoding = SamplingConfig(**{f.name: told[f.name] for f in fields(decoding)}) if told else decoding
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "model.safetensors").unlink(

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from therapy_jax import classifiers, evaluate, gpt2, prompts, run, sharding, weights
+from therapy_jax import classifiers, evaluate, gpt2, origin, prompts, run, sharding, weights
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Exchange
@@ -17,15 +17,20 @@ from therapy_jax.rewards.batch import Fixed
 from therapy_jax.rewards.words import make_vocabulary
 
 
-def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]:
-    """The model that an earlier stage left in the run folder -> (GPT2Config, params, tokenizer)."""
+def model_of(folder: Path, stage: str) -> Path:
+    """Where an earlier stage left its model. Raises ConfigError where it did not."""
     path = folder / stage / "model"
     if not (path / "model.safetensors").is_file():
         script = "train_ppo.py" if stage == "ppo" else "train_sft.py"
         raise ConfigError(
             f"{path}: no {stage} model here; run scripts/{script} with the same --config and --run_dir first"
         )
-    path = fetched(path)
+    return path
+
+
+def load_model(folder: Path, stage: str, config: Config) -> tuple[Any, Any, Any]:
+    """The model that an earlier stage left in the run folder -> (GPT2Config, params, tokenizer)."""
+    path = fetched(model_of(folder, stage))
     gpt2_config, params = weights.load_pretrained(path)
     mesh = sharding.make_mesh(config.mesh)
     how = {"compute_dtype": run.compute_dtype(config), "remat": config.model.remat, "mesh": mesh}
@@ -57,11 +62,12 @@ def load_language_model(config: Config) -> evaluate.LanguageModel | None:
     folder = Path(config.evaluate.language_model).expanduser()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"evaluate.language_model: {folder} is no run folder (it has no config.yaml)")
-    theirs = config_module.load(folder / "config.yaml")
-    if theirs.seed == config.seed:
+    theirs, noted = config_module.load(folder / "config.yaml"), origin.read(model_of(folder, "sft"))
+    seed, prompt = (noted["seed"], origin.prompt_of(noted)) if noted else (theirs.seed, theirs.prompt)
+    if seed == config.seed:
         raise ConfigError(
             f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's"
         )
     gpt2_config, params, tokenizer = load_model(folder, "sft", config)
     params = sharding.place(sharding.make_mesh(config.mesh), params)
-    return evaluate.LanguageModel(params, gpt2.GPT2(gpt2_config), tokenizer, theirs.prompt)
+    return evaluate.LanguageModel(params, gpt2.GPT2(gpt2_config), tokenizer, prompt)

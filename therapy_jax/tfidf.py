@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from therapy_jax.classifiers import annotated
-from therapy_jax.dialogue import Exchange
+from therapy_jax.dialogue import DataError, Exchange
 
 
 class Evaluator(NamedTuple):
@@ -32,7 +32,10 @@ def fit(texts: Sequence[str], labels: Sequence[str], seed: int, C: float = 10.0,
     weight = "balanced" if balanced else None
     model = LogisticRegression(C=C, class_weight=weight, max_iter=1000, random_state=seed)
     known = model if len(set(labels)) > 1 else DummyClassifier()
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), known).fit(texts, labels)
+    try:
+        return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), known).fit(texts, labels)
+    except ValueError as error:  # scikit-learn's "empty vocabulary"
+        raise DataError(f"no reader of labels can be fitted on {len(texts)} annotated turns: {error}") from error
 
 
 def fit_evaluator(data: dict[str, list[Exchange]], seed: int) -> Evaluator | None:

@@ -122,8 +122,12 @@ def combine(
     Metrics, for each term: reward/NAME its mean, reward_sd/NAME its standard deviation, weighted/NAME what it adds to the
     mean score, share/NAME = cov(its part of the score, score) / var(score), its share of the score's variance: the shares
     sum to 1 (all are 0 where the scores do not differ), and say which term the policy in fact follows. A name without a
-    weight has weight 1.
+    weight has weight 1. Raises RewardError where the terms are not those of the statistics.
     """
+    if differing := sorted(raw.keys() ^ stats.count.keys()):
+        raise RewardError(
+            f"reward terms must be the same for every batch; {', '.join(differing)} is there for some only"
+        )
     stats = update_stats(stats, raw)
     metrics: dict[str, Array] = {}
     parts = {}

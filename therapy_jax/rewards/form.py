@@ -67,7 +67,7 @@ def sameness(batch: RewardBatch) -> Array:
     shared out among all who say it; with one reply to a prompt, 1 + the mean over all bigrams is Distinct-2 of the batch (Li
     et al. 2016). Replies to the same prompt may be alike: what is told to everybody is mode collapse, a sharp answer is
     not. A mark stands before the first word: replies of one word have a bigram too, and a policy that always says the same
-    earns -1 + 1 / prompts at most, whatever it says.
+    earns -1 + 1 / prompts at most. Only an empty reply has none, and 0: `length` and `ending` are there for that.
     """
     start = jnp.ones_like(batch.words[:, :1])
     grams, valid = ngrams(

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from therapy_jax import encoder, gpt2
+from therapy_jax import encoder, gpt2, processes
 from therapy_jax.config import RewardConfig
 from therapy_jax.dialogue import Exchange
 from therapy_jax.gpt2 import Params
@@ -55,6 +56,23 @@ def load(config: RewardConfig) -> tuple[Custom | None, HostRewards]:
     return custom.on_device(function, name), HostRewards(None, "", sentence_encoder)
 
 
+def from_one(make: Callable[[], Raw]) -> Raw:
+    """What process 0 makes of a user's function, in every process, its RewardError too: a function that draws at random or asks a
+    server says something else in each."""
+    if jax.process_count() == 1:
+        return make()
+    said: dict[str, Any] = {}
+    if processes.is_writer():
+        try:
+            said = {"terms": {name: np.asarray(values).tolist() for name, values in make().items()}}
+        except custom.RewardError as error:
+            said = {"error": str(error)}
+    said = processes.shared(said)
+    if "error" in said:
+        raise custom.RewardError(said["error"])
+    return {name: jnp.asarray(values, jnp.float32) for name, values in said["terms"].items()}
+
+
 def host_terms(
     host: HostRewards,
     batch: RewardBatch,
@@ -75,8 +93,8 @@ def host_terms(
         names = ("meaning", "reference_meaning", "client_meaning", "context_meaning")
         read = batch._replace(**{name: vectors[:, i] for i, name in enumerate(names)})
         raw = {**raw, "semantic": meaning.semantic(read), "context": meaning.context(read)}
-    if host.custom is not None:
-        more = custom.on_host(host.custom, samples, host.name)
+    if (function := host.custom) is not None:
+        more = from_one(lambda: custom.on_host(function, samples, host.name))
         if taken := sorted(set(TERMS) & set(more)):
             raise custom.RewardError(
                 f"reward {host.name} gives {', '.join(taken)}, which is a term of ours; choose another name"

@@ -1,0 +1,69 @@
+"""What a model has been trained on and with, noted beside its weights: so that no held-out figure is that of a conversation
+learnt by heart, and no prompt is one that the model has never seen.
+
+Conversations are noted by a hash of id and words (16 hex digits, nothing of what was said): another seed, another file of
+splits or another copy of the data is found out, whatever the settings say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from therapy_jax import processes
+from therapy_jax.config import Config, ConfigError, PromptConfig
+from therapy_jax.dialogue import Dialogue
+from therapy_jax.files import as_path, write_json
+
+NAME = "origin.json"
+
+
+def digest(dialogue: Dialogue) -> str:
+    said = "\n".join((dialogue.conversation_id, *(turn.text for turn in dialogue.turns)))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def note(model: Path, config: Config, learnt: Iterable[Dialogue]) -> None:
+    """model/origin.json: seed, prompt, and which conversations it has learnt from. Before the weights are written."""
+    if processes.is_writer():
+        as_path(model).mkdir(parents=True, exist_ok=True)
+        conversations = sorted({digest(dialogue) for dialogue in learnt})
+        prompt = dataclasses.asdict(config.prompt)
+        write_json(model / NAME, {"seed": config.seed, "prompt": prompt, "conversations": conversations})
+
+
+def read(model: Path) -> dict[str, Any] | None:
+    """None for a model that came without. Raises ConfigError where the file is damaged."""
+    path = model / NAME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"seed": found["seed"], "prompt": found["prompt"], "conversations": found["conversations"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); train the model again, or delete this file") from error
+
+
+def prompt_of(found: dict[str, Any]) -> PromptConfig:
+    return PromptConfig(**found["prompt"])
+
+
+def check(model: Path, config: Config, held_out: Iterable[Dialogue], split: str) -> None:
+    """Raises ConfigError where the model was trained with other prompts, or has learnt from conversations of this split."""
+    found = read(model)
+    if found is None:
+        return
+    now = dataclasses.asdict(config.prompt)
+    if differing := [f"prompt.{k} was {v}, now {now.get(k)}" for k, v in found["prompt"].items() if v != now.get(k)]:
+        raise ConfigError(f"{model} was trained with other prompts ({', '.join(differing)}); give the same config")
+    asked = [digest(dialogue) for dialogue in held_out]
+    if learnt := len(set(asked) & set(found["conversations"])):
+        raise ConfigError(
+            f"{learnt} of the {len(asked)} conversations of the {split} split were in the training data of {model}: what is "
+            f"measured on them is memory. It was trained with seed {found['seed']}, this is seed {config.seed}; give the same "
+            "config, or name the splits in a file (data.splits)"
+        )
