@@ -137,9 +137,10 @@ class TrainingConfig:
     at where a line is logged."""
 
     def __post_init__(self):
+        where = {"SFTConfig": "sft.", "PretrainConfig": "pretrain."}.get(type(self).__name__, "")
         require(
             self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
-            f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})",
+            f"{where}batch_size ({self.batch_size}) must be a multiple of {where}accumulate ({self.accumulate})",
         )
         for name in (
             "epochs",
@@ -151,8 +152,8 @@ class TrainingConfig:
             "pad_to",
             "max_bad_updates",
         ):
-            require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        require(self.warmup_steps >= 0, f"warmup_steps must be 0 or above, not {self.warmup_steps}")
+            require(getattr(self, name) > 0, f"{where}{name} must be above 0, not {getattr(self, name)}")
+        require(self.warmup_steps >= 0, f"{where}warmup_steps must be 0 or above, not {self.warmup_steps}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ class SFTConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.row_tokens is None or self.row_tokens > 0, f"row_tokens must be above 0, not {self.row_tokens}")
+        require(
+            self.row_tokens is None or self.row_tokens > 0, f"sft.row_tokens must be above 0, not {self.row_tokens}"
+        )
 
 
 @dataclass(frozen=True)
@@ -631,8 +634,11 @@ def parse_with(
         values = vars(parser.instantiate(arguments))
         config, *own = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds)
         return config, own[0] if own else None
-    except ConfigError as error:
-        parser.error(str(error))
+    except (
+        ValueError
+    ) as error:  # ConfigError; of a section that may be null jsonargparse lists what each of its types says
+        said = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+        parser.error("; ".join(line for line in said if not line.startswith("Expected a")) or str(error))
 
 
 def nearest(message: str, known: Sequence[str]) -> str:
