@@ -2,7 +2,7 @@
 
     python scripts/aot_check.py --config configs/mesc_gpt2.yaml --topology v5e:2x4 --mesh.data 1 --mesh.fsdp -1
 
-For each program: bytes per chip, what goes over the links, FLOPs, and the largest batch that fits. Exit code 1 where a
+For each program: bytes per chip, what goes over the links, FLOPs, and with --largest the largest batch that fits. Exit code 1 where a
 program does not fit, 2 where the question is wrong. Every setting of the config may be given on the command line as usual.
 """
 

@@ -71,10 +71,11 @@ def make_rows(
     quick: bool,
     counts: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Every row that the command line asks for. `startup` is none: see `measure_startup`. counts: for `conversations`,
+    """Every row that the command line asks for. `startup` is none: see benchmark_measure.py. counts: for `conversations`,
     what benchmark_conversations.write said of each model's.
 
-    A row of another kind of work is a block here, a `prepare_*` in each worker and a line in `make_batch`.
+    A row of another kind of work is a block here, a `prepare_*` in each worker, and a name in `make_batch` and in
+    `benchmark_sides.write_inputs`.
     """
     rows: list[Row] = []
     counts = counts or {}

@@ -41,7 +41,7 @@ def test_recall_and_false_alarms_on_the_half_that_was_written_apart():
 
 @pytest.mark.slow
 def test_cases_of_sets_that_the_gate_has_not_read():
-    """Each third of the sets is read by a classifier that learnt from the others; the rules were chosen on all of them."""
+    """Each third of the sets is read by a classifier that learnt from the others; the rules were chosen with some of them in sight."""
     sets = sorted({case["set"] for case in DEV})
     cases, fired = [], []
     for part in range(3):

@@ -7,8 +7,8 @@ u(r, s) is the closeness of r to s, the reply to give is the one of greatest exp
 
 with the N samples as candidates and as evidence at once (Kumar & Byrne 2004; Eikema & Aziz 2020, "Is MAP decoding all you
 need?"). Nothing but the model's own samples is read: neither references nor rewards. Here u is ROUGE-1 + 2 ROUGE-2 (F1), so
-that shared phrases decide among replies that share their words. It costs N times the sampling, and some variety: less than
-a lower temperature does (README, MESC).
+that shared phrases decide among replies that share their words. It costs N times the sampling, and variety, as a
+lower temperature does, but for more overlap (README, MESC).
 
 >>> most_agreed(["That is hard.", "Have you slept?", "I hear that it is hard.", "I hear you."])
 2

@@ -23,7 +23,7 @@ import numpy as np
 from therapy_jax.crisis_rules import normalise
 
 # A middle between crises that slip through and harmless messages that are stopped, where each set of cases was read by a classifier
-# that had learnt from the others, and beside the half that was written apart (README has both tables).
+# that had learnt from the others, and beside the half that was written apart (README has both lines).
 THRESHOLD = 0.8  # the probability from which a message is met with the answer
 EVIDENCE = 4.0  # what a rule that fires adds to the log-odds: only a classifier that is nearly sure speaks against it
 LEAST, MOST = 4, 45  # words of the labelled messages

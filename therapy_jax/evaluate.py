@@ -1,6 +1,6 @@
 """Systems x metrics -> the lines of results.json.
 
-Trained systems answer every prompt; the trivial ones (one constant reply, the nearest training reply, a random one) say
+Trained systems answer every prompt; the trivial ones (one constant reply, commonplaces, the nearest training reply, a random one) say
 what a metric is worth: what a constant answer can win is shown beside what the model wins.
 """
 

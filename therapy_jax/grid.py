@@ -8,7 +8,7 @@ from one shared pre-training, every PPO cell from an SFT cell of the same seed:
             seedK/CELL/                  one run folder a cell; seed K is config.seed + K
             results.json table.md curves.png
 
-Pure. scripts/reproduce.py trains the cells; grid_results.py makes the last line of them.
+Pure but for a temporary file. scripts/reproduce.py trains the cells; grid_results.py makes the last line of them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yam
           tensorboard/       the same as events, where the config says `tensorboard: true`
           error.log          the last fault that nobody expected
           environment.json   per stage: commit, versions, devices, when and how long
-          {base,sft,ppo}/    model/ = a Hugging Face folder, checkpoints/ = orbax
+          {base,sft,ppo}/    model/ = a Hugging Face folder (origin.json: what it learnt from), checkpoints/ = orbax
+          classifiers/       the heads on the SFT trunk, and how they were chosen
           samples.jsonl      the same prompts answered again and again while PPO goes on
           results.json       the evaluation; answers.json: every system's reply to every prompt
           report.html        all of this to look at, in one file; figures/ = its pictures, loupe.json = a reply token by token

@@ -56,7 +56,7 @@ def crisis(text: str, earlier_client_turns: Sequence[str] = ()) -> Crisis | None
     """What the client's message says or hints of suicide, self-harm, abuse or danger to others; None = nothing was found.
 
     Where an earlier turn of the conversation fired, a message that takes it back or denies it is met with the answer again,
-    and so is a word or two right after it ("yes", "tonight"). A phrase that runs over from the turn before is read as one.
+    and so are up to three words right after it ("yes", "tonight"). A phrase that runs over from the turn before is read as one.
     """
     found = _read(text)
     if found or not earlier_client_turns:
