@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     refs = reward_batch.make_references(chosen, scorer.trunk, tokenizer, model=scorer.model)
     evaluator = tfidf.fit_evaluator(data, config.seed)
     expressed = None if evaluator is None else evaluator.predict
-    language = stages.load_language_model(config)
+    language = stages.load_language_model(config, dialogues[cfg.split] if cfg.split != "train" else [], cfg.split)
 
     def judged(system: evaluate.System) -> dict:
         row = evaluate.row(system, chosen, expressed)
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
         shown = ", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in differences.items())
         console.print(f"{name}: {shown}")
     console.print(f"signature: {results['signature']}")
-    console.print(f"written: {folder / 'results.json'}")
+    console.print(f"written: {run.escape(str(folder / 'results.json'))}")
 
 
 def of_model(

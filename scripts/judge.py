@@ -19,7 +19,7 @@ def main(config: Config) -> None:
             raise ConfigError(f"judge.{name} is not set: an OpenAI-compatible endpoint is needed, see --help")
     endpoint.import_openai()
     key = endpoint.read_key(cfg)
-    folder = Path(config.run_dir).expanduser()
+    folder = files.as_path(config.run_dir)
     answers, results = (read(folder / name) for name in ("answers.json", "results.json"))
     chosen = exchanges_of(config, answers, folder / "answers.json")
     replies = replies_of(answers, results, cfg.systems, folder)
@@ -75,8 +75,14 @@ def exchanges_of(config: Config, answers: list[dict[str, str]], path: Path) -> l
     """The exchanges that were answered, with the turns before them. Raises ConfigError where the data is not that."""
     data = run.read_data(config.data, config.seed)
     known = (e for dialogue in data[config.evaluate.split] for e in exchanges(dialogue))  # some may have been left out
+    with_context = "context" in answers[0] if answers else False  # an older evaluation left none
+
+    def told(e: Exchange) -> tuple:
+        context = [{"speaker": turn.speaker, "text": turn.text} for turn in e.context]
+        return context if with_context else None, e.client.text, e.therapist.text
+
     found = (
-        next((e for e in known if (e.client.text, e.therapist.text) == (a["client"], a["therapist"])), None)
+        next((e for e in known if told(e) == tuple(a.get(k) for k in ("context", "client", "therapist"))), None)
         for a in answers
     )
     chosen = [e for e in found if e is not None]

@@ -19,7 +19,7 @@ import rich.box
 from etils import epath
 from rich.table import Table
 
-from therapy_jax import classifiers, files, gpt2, logs, processes, report, stages, tfidf
+from therapy_jax import classifiers, files, gpt2, logs, origin, processes, report, stages, tfidf
 from therapy_jax.config import Config
 from therapy_jax.dialogue import Exchange, exchanges
 from therapy_jax.run import console
@@ -30,16 +30,15 @@ WAYS = {"head": "head on the frozen trunk", "tfidf": "TF-IDF + logistic regressi
 def main(config: Config) -> None:
     folder = run.start(config, "train_classifiers")
     began = time.monotonic()
-    data = {
-        split: [e for d in part for e in exchanges(d)]
-        for split, part in run.read_data(config.data, config.seed).items()
-    }
+    dialogues = run.read_data(config.data, config.seed)
+    data = {split: [e for d in part for e in exchanges(d)] for split, part in dialogues.items()}
+    origin.check(stages.model_of(folder, "sft"), config, dialogues["test"], "test")
     gpt2_config, params, tokenizer = stages.load_model(folder, "sft", config)
     where = folder / "classifiers"
     if processes.shared(where.exists()):
         console.print(f"classifiers: {run.escape(str(where))} is made anew")
         if processes.is_writer():
-            epath.Path(where).rmtree()
+            where.unlink() if where.is_symlink() else epath.Path(where).rmtree()  # a cell's link into another cell
         processes.wait_for_all("classifiers removed")
     found = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer)
     seconds = time.monotonic() - began

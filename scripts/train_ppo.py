@@ -44,7 +44,7 @@ from therapy_jax import (
 )
 from therapy_jax.batching import Prompt
 from therapy_jax.config import Config, ConfigError
-from therapy_jax.dialogue import Exchange, exchanges
+from therapy_jax.dialogue import Dialogue, Exchange, exchanges
 from therapy_jax.rewards import combine, scoring
 from therapy_jax.rewards.batch import PAD_TO, References, make_references
 from therapy_jax.run import console
@@ -78,11 +78,13 @@ def main(config: Config) -> None:
     model, tx = gpt2.GPT2(gpt2_config), ppo.optimizer(cfg)
     scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
     ready = prepare(config, data, scorer)
-    evaluate_policy = make_validation(config, folder, data, ready, scorer, mesh)
-
     stats = combine.init_stats(probe(config, ready, scorer))
     make = functools.partial(ppo.init_state, config=gpt2_config, tx=tx, cfg=cfg, stats=stats)
     state = sharding.make_state(mesh, make, sharding.place(mesh, params))
+    trunk = {"trunk": classifiers.digest(scorer.trunk)}
+    del params  # from here on the state's reference is what scores: the SFT model is held once
+    scorer = scorer._replace(trunk=None)
+    evaluate_policy = make_validation(config, folder, dialogues, data, ready, scorer, mesh)
     sections = ("seed", "data", "prompt", "rewards", "classifiers", "sampling", "ppo")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in sections}
     if config.rewards.custom:  # a reward that was edited is another reward
@@ -90,7 +92,6 @@ def main(config: Config) -> None:
         settings["custom_reward"] = hashlib.sha256(file.read_bytes()).hexdigest()
     validation = {"validation": dataclasses.asdict(run.decoding(config))}  # scores that choose must be of one decoding
     same_anywhere = dataclasses.replace(gpt2_config, mesh=None, remat=False)  # a run may go on with other devices
-    trunk = {"trunk": classifiers.digest(scorer.trunk)}
     belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings, **validation, **trunk}
     best_metric, mode = (
         f"validation/{cfg.keep_best.removeprefix('-')}",
@@ -114,7 +115,7 @@ def main(config: Config) -> None:
         """Evaluate the state that is saved as `iteration`, where it is due, and write the log line."""
         if is_evaluated(iteration, line):
             with stopping.at_once():
-                found = evaluate_policy(state.params["policy"], iteration)
+                found = evaluate_policy(state, iteration)
             if best_metric not in found:
                 names = ", ".join(sorted(name.removeprefix("validation/") for name in found))
                 raise ConfigError(f"ppo.keep_best: there is no validation metric {cfg.keep_best}; there are {names}")
@@ -173,11 +174,11 @@ def main(config: Config) -> None:
         restored = checkpoint.restore(manager, state, belongs_to, checkpoint.ranking(scores, mode), run.warn)
         assert restored is not None
         state, best, _ = restored
-    origin.note(folder / "ppo" / "model", config, dialogues["train"])
+    origin.note(folder / "ppo" / "model", config, dialogues["train"], folder / "sft" / "model")
     export(folder / "ppo", gpt2_config, state, tokenizer)
     console.print(
         f"ppo: best {best_metric} {scores.get(best, float('nan')):.4f} at iteration {best} (SFT: iteration 0); "
-        f"model in {folder / 'ppo'}"
+        f"model in {run.escape(str(folder / 'ppo'))}"
     )
     manager.close()
     if done < finished:
@@ -225,20 +226,29 @@ def probe(config: Config, ready: Prepared, scorer: evaluate.Scorer) -> list[str]
 
 
 def make_validation(
-    config: Config, folder: Path, data: dict[str, list[Exchange]], ready: Prepared, scorer: evaluate.Scorer, mesh: Mesh
-) -> Callable[[Any, int], dict[str, float]]:
-    """-> a function (policy, iteration) -> {validation/NAME: value}: one reply to each fixed prompt, at the temperature
+    config: Config,
+    folder: Path,
+    dialogues: dict[str, list[Dialogue]],
+    data: dict[str, list[Exchange]],
+    ready: Prepared,
+    scorer: evaluate.Scorer,
+    mesh: Mesh,
+) -> Callable[[ppo.PPOState, int], dict[str, float]]:
+    """-> a function (state, iteration) -> {validation/NAME: value}: one reply to each fixed prompt, at the temperature
     of evaluate.py; the reward, and metrics that are not in it."""
-    expressed, language = tfidf.fit_evaluator(data, config.seed), stages.load_language_model(config)
+    expressed = tfidf.fit_evaluator(data, config.seed)
+    language = stages.load_language_model(config, dialogues["validation"], "validation")
     therapists = [e.therapist for e in ready.held_out]
     gold = [turn.emotion for turn in therapists]
     size = config.ppo.batch_size
 
-    def evaluate_policy(policy: Any, iteration: int) -> dict[str, float]:
+    def evaluate_policy(state: ppo.PPOState, iteration: int) -> dict[str, float]:
+        reader = scorer._replace(trunk=state.ref_params)
         replies = evaluate.answer(
-            policy, ready.held_out_rows, jax.random.key(0), model=scorer.model, cfg=run.decoding(config), batch_size=size, mesh=mesh
+            state.params["policy"], ready.held_out_rows, jax.random.key(0), model=scorer.model, cfg=run.decoding(config),
+            batch_size=size, mesh=mesh,
         )  # fmt: skip
-        system = evaluate.of_replies(replies, ready.held_out_references, ready.held_out, scorer)
+        system = evaluate.of_replies(replies, ready.held_out_references, ready.held_out, reader)
         logs.log_samples(folder, iteration, system.texts[:SAMPLES], system.emotions[:SAMPLES], ready.held_out[:SAMPLES])
         found = {"reward": system.reward, "stop_rate": system.stop_rate}
         found |= metrics.text_metrics(system.texts, [turn.text for turn in therapists])
@@ -307,14 +317,18 @@ def compile_iteration(
 
 def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, tokenizer: Any) -> None:
     """folder/model, which torch's GPT2LMHeadModel loads, the value head beside it, and a separate critic in folder/critic."""
-    weights.save_pretrained(folder / "model", gpt2_config, state.params["policy"], tokenizer)
     critic = state.params["value"]
     head = {k: np.asarray(v) for k, v in files.flatten(sharding.fetch(critic["head"])).items()}
     if processes.is_writer():
         with files.staged(folder / "model", last="value_head.safetensors") as here:
-            save_file(head, here / "value_head.safetensors")
+            save_file(head, here / "value_head.partial")
+            files.share(here / "value_head.partial")
+            (here / "value_head.partial").rename(here / "value_head.safetensors")
     if "trunk" in critic:
         weights.save_pretrained(folder / "critic", gpt2_config, critic["trunk"], tokenizer)
+    weights.save_pretrained(
+        folder / "model", gpt2_config, state.params["policy"], tokenizer
+    )  # last: what has it is whole
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def main(config: Config) -> None:
 
     corpora = read_corpora(config)
     gpt2_config, params, tokenizer = make_base(config, folder, dialogues, corpora, mesh)
+    origin.note(folder / "base" / "model", config, [d for c in corpora for d in c["train"]], config.model.name)
     weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
 
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
@@ -88,9 +89,9 @@ def main(config: Config) -> None:
     params = fit(
         "sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections
     )
-    origin.note(folder / "sft" / "model", config, [d for corpus in (dialogues, *corpora) for d in corpus["train"]])
+    origin.note(folder / "sft" / "model", config, dialogues["train"], folder / "base" / "model")
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
-    console.print(f"sft: best model in {folder / 'sft' / 'model'}")
+    console.print(f"sft: best model in {run.escape(str(folder / 'sft' / 'model'))}")
 
 
 def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int, np.ndarray], Batch], int]:

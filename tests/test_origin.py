@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from therapy_jax import dialogue, origin
-from therapy_jax.config import Config, ConfigError, DataConfig, PromptConfig
+from therapy_jax import dialogue, origin, stages
+from therapy_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, PromptConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,25 @@ def test_other_prompts_are_refused_and_a_model_without_a_note_is_taken(hashed, t
     (tmp_path / origin.NAME).write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
         origin.check(tmp_path, Config(), [], "test")
+
+
+def test_a_model_inherits_what_the_one_before_it_has_learnt(hashed, tmp_path):
+    """Trained on seed 0's split, fine-tuned on seed 1's: both are memory."""
+    first, second = hashed(0)["train"], hashed(1)["train"]
+    before, after = tmp_path / "a" / "sft" / "model", tmp_path / "b"
+    origin.note(before, Config(), first)
+    (before / "model.safetensors").touch()
+    origin.note(after, Config(seed=1), second, tmp_path / "a")  # as model.name may name it: a run folder
+    found = origin.read(after)
+    assert found and found["seed"] == 1
+    assert set(found["conversations"]) == {origin.digest(d) for d in (*first, *second)}
+
+
+def test_a_judge_that_has_learnt_what_it_judges_is_refused(hashed, tmp_path):
+    model = tmp_path / "judge" / "sft" / "model"
+    origin.note(model, Config(seed=1), hashed(1)["train"])
+    (model / "model.safetensors").touch()
+    (tmp_path / "judge" / "config.yaml").write_text("seed: 1\n")
+    run = Config(evaluate=EvaluateConfig(language_model=str(tmp_path / "judge")))
+    with pytest.raises(ConfigError, match="of the test split were in the training data of .*judge"):
+        stages.load_language_model(run, hashed(0)["test"], "test")

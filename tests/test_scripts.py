@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import beside
 
-from therapy_jax import config
+from therapy_jax import config, origin
+from therapy_jax.dialogue import read_dialogues
 from therapy_jax.files import flatten
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,12 @@ def test_every_config_loads_and_round_trips(path, tmp_path):
         (["--ppo.kl_coef", "-1"], "ppo.kl_coef"),
         (["--ppo.max_update_kl", "-1"], "ppo.max_update_kl"),
         (["--seed", "-1"], "seed must be"),
+        (["--model.n_head", "0"], "model.n_head"),
+        (["--model.n_layer", "-1"], "model.n_layer"),
+        (["--tokenizer.vocab_size", "-5"], "tokenizer.vocab_size"),
+        (["--prompt.max_tokens", "-3"], "prompt.max_tokens"),
+        (["--mesh.data", "0"], "mesh.data"),
+        (["--judge.systems", "[]"], "judge.systems"),
         (["--pretrain", '{"block_tokens": 0}'], "block_tokens"),
     ],
 )
@@ -150,11 +157,15 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_whole_way_leaves_what_design_promises(finished):
+    learnt = []
     for stage in ("base", "sft", "ppo"):
-        assert (finished / stage / "model" / "model.safetensors").is_file()
+        assert (finished / stage / "model" / "model.safetensors").stat().st_mode & 0o044  # others may load it
+        learnt.append(set(origin.read(finished / stage / "model")["conversations"]))
         assert (finished / stage / "model" / "tokenizer.json").is_file()
         assert list((finished / stage / "checkpoints").iterdir())
     assert (finished / "ppo" / "model" / "value_head.safetensors").is_file()
+    train = {origin.digest(d) for d in read_dialogues(None, "jsonl")["train"]}
+    assert learnt == [train, train, train]
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len({(line["stage"], line["step"]) for line in lines}) == len(lines)
     last = lines[-1]
@@ -329,7 +340,26 @@ def test_a_tokenizer_of_other_settings_is_not_taken_up(finished, tmp_path):
 @pytest.mark.slow
 def test_other_prompts_than_those_of_the_training_are_refused(finished, tmp_path):
     folder = beside(finished, tmp_path / "run")
+    (folder / "config.yaml").write_text("seed: 0\n")
     for script in ("train_ppo", "evaluate"):
         done = run(command(script, folder, **{"prompt.format": "utterance", "evaluate.systems": "[sft]"}))
         assert done.returncode == 2, done.stdout + done.stderr
         assert "prompt.format was context_emotion, now utterance" in " ".join(done.stdout.split())
+        assert (folder / "config.yaml").read_text() == "seed: 0\n"  # what was refused is not what the folder is of
+
+
+@pytest.mark.slow
+def test_the_sft_model_is_held_once_beside_policy_and_moments(finished, tmp_path):
+    """A host reward counts the arrays of wte's shape that are alive while PPO runs: policy, reference, two moments."""
+    (tmp_path / "my.py").write_text(
+        "import jax\n"
+        "def f(samples):\n"
+        "    largest = max((x.shape for x in jax.live_arrays() if x.ndim == 2 and x.shape[1] == 32), default=None)\n"
+        "    alive = sum(x.shape == largest for x in jax.live_arrays())\n"
+        "    return {'copies': [float(alive)] * len(samples)}\n"
+    )
+    custom = {"path": f"{tmp_path}/my.py:f", "on": "host", "weights": {"copies": 0.0}}
+    done = run(command("train_ppo", beside(finished, tmp_path / "run"), **{"rewards.custom": json.dumps(custom)}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["reward/copies"] for line in lines if "reward/copies" in line} == {4.0}

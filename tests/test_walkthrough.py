@@ -88,7 +88,7 @@ def test_from_a_run_folder_with_ones_own_sentence(walkthrough, tiny, tmp_path, c
     import train_sft  # type: ignore[import-not-found]
 
     one_device = dataclasses.replace(tiny, mesh=MeshConfig(data=1))
-    made = train_sft.make_base(one_device, folder, dialogues, sharding.make_mesh(one_device.mesh))
+    made = train_sft.make_base(one_device, folder, dialogues, [], sharding.make_mesh(one_device.mesh))
     gpt2_config, params, tokenizer = made
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     other = jax.tree.map(lambda x: x * 1.3, params)

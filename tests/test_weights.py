@@ -192,6 +192,7 @@ def test_faults_of_the_config(folder, fault):
 
 
 def test_faults_of_the_folder(folder):
+    raw = json.loads((folder / "config.json").read_text())
     sound = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(sound[: len(sound) // 2])
     refused(folder, r"model\.safetensors: (not a sound safetensors file|cannot be read)")
@@ -203,6 +204,11 @@ def test_faults_of_the_folder(folder):
     refused(folder, r"pytorch_model\.bin is a pickle, which is not read")
     (folder / "config.json").write_text("{")
     refused(folder, r"config\.json: not valid JSON")
+    (folder / "config.json").write_text("[]")
+    refused(folder, r"config\.json: not a JSON object")
+    for value in ("4", 0, -1, True):
+        (folder / "config.json").write_text(json.dumps({**raw, "n_head": value}))
+        refused(folder, r"config\.json: n_head is .*; it must be a whole number above 0")
     (folder / "config.json").unlink()
     refused(folder, r"no config\.json")
     refused(folder / "config.json.txt", "no such folder")

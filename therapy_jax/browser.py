@@ -236,11 +236,16 @@ def serve(config: Config) -> None:
     readable |= {"input_placeholder_color": "#71717a", "input_placeholder_color_dark": "#a1a1aa"}
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     app.queue()
-    _, url, _ = app.launch(
-        server_name="127.0.0.1", share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
-        run_history=False, footer_links=[], css=CSS, quiet=True, prevent_thread_lock=True,
-        theme=theme.set(**readable),
-    )  # fmt: skip
+    try:
+        _, url, _ = app.launch(
+            server_name="127.0.0.1", share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
+            run_history=False, footer_links=[], css=CSS, quiet=True, prevent_thread_lock=True,
+            theme=theme.set(**readable),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # the port is taken, or is no port
+        raise ConfigError(
+            f"the page cannot be served ({error}); choose another port with GRADIO_SERVER_PORT"
+        ) from error
     console.print(f"open {url} in a browser on this machine; Ctrl-C ends it")
     app.block_thread()
 

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from therapy_jax import gpt2, metrics, processes, prompts, readings
 from therapy_jax.config import ClassifierConfig, Config, ConfigError
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
-from therapy_jax.files import fetched, flatten, staged, write_json
+from therapy_jax.files import fetched, flatten, share, staged, write_json
 from therapy_jax.gpt2 import Array, Params
 from therapy_jax.sharding import fetch
 
@@ -296,6 +296,7 @@ def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
     arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
     with staged(folder, last="report.json") as here:
         save_file({name: np.asarray(x) for name, x in arrays.items()}, here / "model.safetensors")
+        share(here / "model.safetensors")
         write_json(here / "report.json", {"belongs_to": belongs, **found.report})
 
 
@@ -335,11 +336,15 @@ def load_or_train(
 ) -> Classifiers:  # fmt: skip
     """The classifiers of a run folder, with at least the heads of these names; whoever asks first trains and saves them."""
     where, belongs = folder / "classifiers", belongs_to(config, params)
+    known = None
     if processes.shared((where / "report.json").is_file()):
-        found = load(where, belongs, config.classifiers)
-        if set(names) <= set(found.report["heads"]):
-            return found
+        known = load(where, belongs, config.classifiers)
+        if set(names) <= set(known.report["heads"]):
+            return known
     found = train(data, params, tokenizer, model=gpt2.GPT2(gpt2_config), config=config, names=names)
+    if known is not None:  # the heads that rewarded a policy stay as they were, whatever seed or data asks for more
+        heads = {**found.report["heads"], **known.report["heads"]}
+        found = found._replace(frozen=known.frozen, report={**known.report, "heads": heads})
     if processes.is_writer():
         save(where, found, belongs)
     processes.wait_for_all("classifiers")

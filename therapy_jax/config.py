@@ -68,6 +68,8 @@ class ModelConfig:
     third more work."""
 
     def __post_init__(self):
+        for name in ("n_layer", "n_embd", "n_head", "n_positions"):
+            require(getattr(self, name) > 0, f"model.{name} must be above 0, not {getattr(self, name)}")
         require(
             self.n_embd % self.n_head == 0,
             f"model.n_embd ({self.n_embd}) must be a multiple of model.n_head ({self.n_head})",
@@ -82,6 +84,9 @@ class TokenizerConfig:
     vocab_size: int = 2048
     """Size of the BPE when it is trained here, in tokens, before the prompt's special tokens are added."""
 
+    def __post_init__(self):
+        require(self.vocab_size > 256, f"tokenizer.vocab_size must be above 256 (the bytes), not {self.vocab_size}")
+
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -93,6 +98,7 @@ class PromptConfig:
     """Longest prompt, in tokens: the oldest whole context turns go first, the client's utterance never."""
 
     def __post_init__(self):
+        require(self.max_tokens > 0, f"prompt.max_tokens must be above 0, not {self.max_tokens}")
         require(
             self.emotion == "given" or "emotion" in self.format,
             f"prompt.emotion: inferred needs a format with emotion, not prompt.format: {self.format}",
@@ -486,6 +492,7 @@ class JudgeConfig:
             not set("@?#") & set(url),
             "judge.base_url must hold no user, password or query; name the key by judge.key_env",
         )
+        require(self.systems is None or len(self.systems) > 0, "judge.systems is empty: name systems, or null for all")
         require(self.limit is None or self.limit > 0, f"judge.limit must be above 0 or null, not {self.limit}")
         for name in ("repeats", "concurrency", "timeout", "max_tokens"):
             require(getattr(self, name) > 0, f"judge.{name} must be above 0, not {getattr(self, name)}")
@@ -528,6 +535,11 @@ class MeshConfig:
             alone or (self.processes is not None and self.process is not None),
             f"mesh.coordinator {self.coordinator} needs mesh.processes and mesh.process",
         )
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            require(
+                value == -1 or value > 0, f"mesh.{name} must be above 0, or -1 for what the others leave, not {value}"
+            )
         require(self.timeout > 0, f"mesh.timeout must be above 0, not {self.timeout}")
 
 

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from therapy_jax import gpt2, prompts, run, weights
+from therapy_jax import gpt2, origin, prompts, run, weights
 from therapy_jax.card import Record, model_card
 from therapy_jax.config import PromptConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
@@ -93,9 +93,13 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
     decoding = SamplingConfig(**{f.name: told[f.name] for f in fields(decoding)}) if told else decoding
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "model.safetensors").unlink(
-        missing_ok=True
-    )  # of an export before: weights never stand beside another's card
+    for name in (
+        "model.safetensors",
+        "value_head.safetensors",
+        origin.NAME,
+    ):  # of an export before, maybe of another stage
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "critic", ignore_errors=True)
     size = gpt2.count(params) - (config.padded_vocab_size - config.vocab_size) * config.n_embd
     card = model_card(folder.resolve().name, stage, record, config, size, decoding)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -104,6 +108,8 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
         shutil.copyfile(source / "value_head.safetensors", out / "value_head.safetensors")
     if (folder / stage / "critic").is_dir():
         shutil.copytree(folder / stage / "critic", out / "critic", dirs_exist_ok=True)
+    if (source / origin.NAME).is_file():
+        shutil.copyfile(source / origin.NAME, out / origin.NAME)
     tokenizer.save_pretrained(out)
     saved = (
         out / "tokenizer_config.json"

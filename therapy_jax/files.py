@@ -40,6 +40,13 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def share(path: Path) -> None:
+    """Give a file the rights that any new file gets: safetensors writes for its owner alone, and others are to load it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @contextlib.contextmanager
 def staged(folder: str | os.PathLike, last: str) -> Iterator[Path]:
     """A local folder to write files into: the folder itself, or for a remote one a stand-in whose files are copied there at

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from therapy_jax import batching, evaluate, gpt2, ppo, prompts, stages, weights
 from therapy_jax.advantages import shape_rewards
 from therapy_jax.batching import Prompt
-from therapy_jax.config import Config, MeshConfig, PPOConfig
+from therapy_jax.config import Config, ConfigError, MeshConfig, PPOConfig
 from therapy_jax.dialogue import Exchange, exchanges, read_dialogues
 from therapy_jax.files import fetched
 from therapy_jax.gpt2 import Array
@@ -189,6 +189,8 @@ def of_run(folder: Path, config: Config) -> dict[str, Any]:
         return len(ids) <= bench.model.config.n_positions - cfg.sampling.max_new_tokens
 
     held_out = [e for split in ("validation", "test", "train") for e in data.get(split, []) if fits(e)]
+    if len(held_out) < PROMPTS:
+        raise ConfigError(f"the loupe looks at {PROMPTS} prompts, and only {len(held_out)} fit into the model")
     chosen = [held_out[i * (min(len(held_out), 64) // PROMPTS)] for i in range(PROMPTS)]  # not all of one conversation
     prompt, references = ask(bench, cfg, chosen)
     key = jax.random.fold_in(jax.random.key(cfg.seed), 4)

@@ -18,6 +18,7 @@ from therapy_jax import processes
 from therapy_jax.config import Config, ConfigError, PromptConfig
 from therapy_jax.dialogue import Dialogue
 from therapy_jax.files import as_path, write_json
+from therapy_jax.locate import find
 
 NAME = "origin.json"
 
@@ -27,11 +28,14 @@ def digest(dialogue: Dialogue) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def note(model: Path, config: Config, learnt: Iterable[Dialogue]) -> None:
-    """model/origin.json: seed, prompt, and which conversations it has learnt from. Before the weights are written."""
+def note(model: Path, config: Config, learnt: Iterable[Dialogue], before: str | Path | None = None) -> None:
+    """model/origin.json: seed, prompt, and which conversations it has learnt from, those of the model `before` (as model.name
+    names it) among them. Before the weights are written."""
+    known = read(find(before).folder) if before is not None else None
     if processes.is_writer():
         as_path(model).mkdir(parents=True, exist_ok=True)
-        conversations = sorted({digest(dialogue) for dialogue in learnt})
+        inherited = known["conversations"] if known else []
+        conversations = sorted({*inherited, *(digest(dialogue) for dialogue in learnt)})
         prompt = dataclasses.asdict(config.prompt)
         write_json(model / NAME, {"seed": config.seed, "prompt": prompt, "conversations": conversations})
 
@@ -60,6 +64,13 @@ def check(model: Path, config: Config, held_out: Iterable[Dialogue], split: str)
     now = dataclasses.asdict(config.prompt)
     if differing := [f"prompt.{k} was {v}, now {now.get(k)}" for k, v in found["prompt"].items() if v != now.get(k)]:
         raise ConfigError(f"{model} was trained with other prompts ({', '.join(differing)}); give the same config")
+    check_unseen(model, config, held_out, split)
+
+
+def check_unseen(model: Path, config: Config, held_out: Iterable[Dialogue], split: str) -> None:
+    """The second half of `check`, for a model that judges with prompts of its own."""
+    if (found := read(model)) is None:
+        return
     asked = [digest(dialogue) for dialogue in held_out]
     if learnt := len(set(asked) & set(found["conversations"])):
         raise ConfigError(

@@ -62,7 +62,12 @@ def load_tokenizer(folder_or_hub_id: str | os.PathLike) -> Any:
             f"Accepted is {ACCEPTED}"
         )
     loader = transformers.GPT2Tokenizer if bare else transformers.AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, trust_remote_code=False) if not bare else loader.from_pretrained(folder)
+    try:
+        how: dict[str, Any] = {} if bare else {"trust_remote_code": False}
+        tokenizer = loader.from_pretrained(folder, **how)
+    except Exception as error:  # damaged files raise many kinds, and messages of many lines: they stay in the cause
+        said = (str(error).splitlines() or [""])[0][:150]
+        raise WeightsError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {said})") from error
     if tokenizer.eos_token_id is None:
         raise WeightsError(f"{folder}: the tokenizer has no EOS token, so no reply could ever end")
     return tokenizer

@@ -65,12 +65,12 @@ def main(script: Callable[..., None], description: str | None, options: type | N
 
     stopping.listen(console.print)
     deepen_compiler_stack()
-    written = as_path(config.run_dir) / "config.yaml"
-    before = written.read_text(encoding="utf-8") if written.is_file() else None
+    written, before = as_path(config.run_dir) / "config.yaml", None
     try:
+        before = written.read_text(encoding="utf-8") if written.is_file() else None
         script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
-        if isinstance(error, CheckpointError) and before is not None and processes.is_writer():
+        if before is not None and processes.is_writer():
             write_text(written, before)  # refused: what lies there is still of the settings before
         fail(str(error))
     except OSError as error:

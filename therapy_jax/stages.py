@@ -4,14 +4,15 @@ whether they are language."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from therapy_jax import classifiers, evaluate, gpt2, origin, prompts, run, sharding, weights
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError
-from therapy_jax.dialogue import Exchange
-from therapy_jax.files import fetched
+from therapy_jax.dialogue import Dialogue, Exchange
+from therapy_jax.files import as_path, fetched
 from therapy_jax.rewards import combine, scoring
 from therapy_jax.rewards.batch import Fixed
 from therapy_jax.rewards.words import make_vocabulary
@@ -54,16 +55,18 @@ def make_scorer(
     return evaluate.Scorer(trunk, gpt2.GPT2(gpt2_config), tokenizer, fixed, wanted, device_custom, host)
 
 
-def load_language_model(config: Config) -> evaluate.LanguageModel | None:
+def load_language_model(config: Config, held_out: Sequence[Dialogue], split: str) -> evaluate.LanguageModel | None:
     """The model that says whether replies are language (evaluate.LanguageModel), or None where the config names none. It
-    must come from another seed than this run: what a policy was trained with would only praise itself."""
+    must come from another seed than this run: what a policy was trained with would only praise itself. And it must not have
+    learnt from the conversations that it judges (ConfigError): of data that each seed splits anew, name the splits in a file."""
     if config.evaluate.language_model is None:
         return None
-    folder = Path(config.evaluate.language_model).expanduser()
+    folder = as_path(config.evaluate.language_model)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"evaluate.language_model: {folder} is no run folder (it has no config.yaml)")
     theirs, noted = config_module.load(folder / "config.yaml"), origin.read(model_of(folder, "sft"))
     seed, prompt = (noted["seed"], origin.prompt_of(noted)) if noted else (theirs.seed, theirs.prompt)
+    origin.check_unseen(model_of(folder, "sft"), config, held_out, split)
     if seed == config.seed:
         raise ConfigError(
             f"evaluate.language_model: {folder} has this run's own seed ({config.seed}); use another seed's"

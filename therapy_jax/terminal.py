@@ -167,7 +167,9 @@ def command(chat: Chat, line: str) -> None:
         word, *rest = shlex.split(line)
     except ValueError:  # a quote that is not closed
         word, *rest = line.split()
-    if word == "/help":
+    if rest and safety.crisis(" ".join(rest)):  # whatever it was to do, the gate must see it
+        talk(chat, line)
+    elif word == "/help":
         table = Table.grid(padding=(0, 2))
         for name, what in COMMANDS.items():
             table.add_row(Text(name), Text(what.format(", ".join(chat.names))))
@@ -224,15 +226,16 @@ def compare(chat: Chat, rest: list[str]) -> None:
 
 def save(chat: Chat, rest: list[str]) -> None:
     now = datetime.datetime.now()
-    path = Path(rest[0]).expanduser() if rest else chat.folder / "chats" / f"{now:%Y-%m-%d_%H%M%S}.json"
-    if path.exists():
-        note(f"{path} exists and is left as it is; give another name")
-        return
+    path = Path(rest[0]) if rest else chat.folder / "chats" / f"{now:%Y-%m-%d_%H%M%S}.json"
     try:
+        path = path.expanduser() if rest else path
+        if path.exists():
+            note(f"{path} exists and is left as it is; give another name")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, as_json(chat, now))
-    except OSError as error:
-        note(f"{path} cannot be written ({error.strerror}); give another name")
+    except (OSError, RuntimeError, ValueError) as error:  # the conversation must not be lost with the name
+        note(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); give another name")
         return
     note(f"saved: {path}")
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from therapy_jax import processes
-from therapy_jax.files import flatten, staged
+from therapy_jax.files import flatten, share, staged
 from therapy_jax.gpt2 import ACTIVATIONS, GPT2Config, Params
 from therapy_jax.locate import ACCEPTED, WeightsError, find, holds, read_checkpoint
 from therapy_jax.sharding import fetch
@@ -61,6 +61,8 @@ def read_config(folder: Path) -> GPT2Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise WeightsError(f"{path}: not a JSON object")
     if raw.get("model_type") != "gpt2":
         raise WeightsError(f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt2' can be loaded")
     fixed = {
@@ -80,6 +82,10 @@ def read_config(folder: Path) -> GPT2Config:
     values: dict[str, Any] = {k: v for k, v in raw.items() if k in known and v is not None} | {
         "activation_function": activation
     }
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+    for name, value in values.items():
+        if name in sizes and (type(value) is not int or value < 1):
+            raise WeightsError(f"{path}: {name} is {value!r}; it must be a whole number above 0")
     config = GPT2Config(**values)
     if config.n_embd % config.n_head:
         raise WeightsError(f"{path}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
@@ -94,8 +100,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     elif index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index}: not a valid index of safetensors shards ({error})") from error
+        if outside := [name for name in files if Path(name).name != name]:
+            raise WeightsError(f"{index}: names {outside[0]}, which does not lie beside it")
     else:
         pickled = [p.name for p in folder.glob("*.bin")]
         why = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
@@ -223,6 +231,7 @@ def write(folder: Path, config: GPT2Config, params: Params, tokenizer: Any) -> N
         save_file(tensors, partial, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, in its own words
         raise WeightsError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from error
+    share(partial)
     os.replace(partial, folder / "model.safetensors")
 
 
