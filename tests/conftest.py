@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +31,10 @@ os.environ.setdefault(
 )  # halves the time of the next run
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+settings.register_profile("fixed", derandomize=True, print_blob=True)  # the same examples at each run
+settings.load_profile("fixed")
 
 
 def missing(reason: str) -> NoReturn:

@@ -141,7 +141,7 @@ run_dir, cache = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("--run_d
 (run_dir / "ppo").mkdir(parents=True)  # fails where an earlier start has left its own
 log = run_dir / "metrics.jsonl"
 assert not log.exists() or '"ppo"' not in log.read_text()
-time.sleep(0.1 if cache.exists() else 0.5)
+time.sleep(0.1 if cache.exists() else 3.0)
 cache.mkdir(exist_ok=True)
 with log.open("a") as file:
     file.write(json.dumps({"stage": "ppo", "step": 1}) + "\\n")
@@ -159,7 +159,7 @@ def test_startup_counts_an_empty_and_a_filled_cache(tmp_path, monkeypatch):
     row = benchmark_measure.measure_startup(settings)
     assert row["sides"] == ["filled cache", "empty cache"]
     filled, empty = row["all_seconds"]
-    assert len(filled) == len(empty) == 2 and all(a < b < 30 for a, b in zip(filled, empty, strict=True))
+    assert len(filled) == len(empty) == 2 and all(a < b for a, b in zip(filled, empty, strict=True))
     assert row["ratio"] > 1
 
     (scripts / "train_ppo.py").write_text("raise SystemExit(3)")

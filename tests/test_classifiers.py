@@ -1,6 +1,7 @@
 """Readings against torch's hidden states, heads against torch's loss, whitening against scikit-learn's PCA."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from therapy_jax import classifiers, dialogue, gpt2, prompts, readings, tfidf, weights
 from therapy_jax.config import ClassifierConfig, Config, ConfigError, PromptConfig
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, Exchange, Turn
+from therapy_jax.rewards import batch
 
 QUICK = ClassifierConfig(epochs=6, batch_size=16, hidden=8, members=2, learning_rate=3e-3)
 CONFIG = Config(classifiers=QUICK, prompt=PromptConfig(max_tokens=40))
@@ -298,7 +300,9 @@ def test_the_reading_of_clients_is_made_when_asked_for_and_what_was_half_saved_i
     other = dataclasses.replace(CONFIG, seed=5)  # chat asks for one head more, with whatever seed it draws replies
     whole = classifiers.load_or_train(tmp_path, other, few, *trunk)
     assert whole.client_emotion is not None
-    assert jax.tree.all(jax.tree.map(np.array_equal, found.frozen, whole.frozen))  # the heads that reward are what they were
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, found.frozen, whole.frozen)
+    )  # the heads that reward are what they were
     (tmp_path / "classifiers" / "report.json").unlink()  # as a kill between the two files leaves it
     anew = classifiers.load_or_train(tmp_path, CONFIG, few, *trunk)
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.frozen, anew.frozen))
@@ -347,3 +351,39 @@ def test_the_evaluator_of_one_emotion_always_says_it(sample):
     one = [dataclasses.replace(e, therapist=dataclasses.replace(e.therapist, emotion="joy")) for e in one]
     evaluator = tfidf.fit_evaluator({"train": one}, 0)
     assert evaluator is not None and evaluator.predict(["whatever", ""]) == ["joy", "joy"]
+
+
+def test_meaning_is_a_point_in_scikit_learns_pca():
+    rng = np.random.default_rng(6)
+    x = (rng.normal(size=(300, 10)) @ rng.normal(size=(10, 10)) + 5.0).astype(np.float32)
+    frozen: Any = SimpleNamespace(
+        **dict(zip(("centre", "whiten"), map(jnp.asarray, classifiers.whitening(x, 4)), strict=True))
+    )
+    reading = np.concatenate(
+        [x, rng.normal(size=(300, 7)).astype(np.float32)], 1
+    )  # the rest of a reading says nothing here
+    reading[3] = 0  # no text
+    got = np.asarray(batch.meaning_of(jnp.asarray(reading), frozen))
+    expected = PCA(4, whiten=True, svd_solver="full").fit_transform(x) * np.sqrt(300 / 299)
+    signs = np.sign((got * expected).sum(0))
+    np.testing.assert_allclose(np.delete(got, 3, 0), np.delete(signs * expected, 3, 0), rtol=1e-3, atol=2e-3)
+    assert not got[3].any()
+
+
+def test_references_are_read_from_the_right_texts(trunk, hidden_states):
+    config, params, tokenizer = trunk
+    long = " ".join(f"I said {i} things to her." for i in range(40))
+    context = (Turn("client", long), Turn("therapist", "And then she left."))
+    e = Exchange("1", context, Turn("client", "On Sunday."), Turn("therapist", "Go on."))
+    refs = batch.make_references([e, dataclasses.replace(e, context=())], params, tokenizer, model=gpt2.GPT2(config))
+    ids = [prompts.encode_text(tokenizer, t) for t in ("Go on.", "On Sunday.", f"{long} And then she left.")]
+    assert len(ids[2]) > 64
+    for got, row in zip((refs.reading, refs.client_reading, refs.context_reading), ids, strict=True):
+        np.testing.assert_allclose(got[0], hidden_states(row[-64:]).mean(0), rtol=1e-4, atol=1e-4)
+    assert not refs.context_reading[1].any()
+
+
+def test_meaning_is_centred_on_what_therapists_say(run_dir, trunk, sample, hidden_states):
+    said = [prompts.encode_text(trunk[2], e.therapist.text)[:64] for e in sample["train"]]
+    means = [hidden_states(ids).mean(0) for ids in said]
+    np.testing.assert_allclose(run_dir[1].frozen.centre, np.mean(means, 0), rtol=1e-3, atol=1e-3)

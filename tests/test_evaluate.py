@@ -159,6 +159,9 @@ def test_alarm_rings_only_where_the_reward_rises_and_something_else_falls():
     assert "meteor 0.100 -> 0.050" in str(alarm(reward=0.3, meteor=0.05))
     assert "distinct2" in str(alarm(reward=0.3, distinct2=0.2)) and "stop_rate" in str(alarm(reward=0.3, stop_rate=0.1))
     assert "commonest_share" in str(alarm(reward=0.3, commonest_share=0.4))
+    assert alarm(reward=0.3, meteor=0.091) is None and alarm(reward=0.3, meteor=0.089)
+    before["perplexity"] = 9.0
+    assert "perplexity" in str(alarm(reward=0.3, perplexity=13.6)) and alarm(reward=0.3, perplexity=13.4) is None
     before["perplexity"], lost = 9.0, {"validation/reward": 0.3}  # a restart without the judge, and without WordNet
     assert evaluate.alarm({f"validation/{k}": v for k, v in before.items()}, lost) is None
 
@@ -220,3 +223,17 @@ def test_the_agreed_answer_is_one_of_its_candidates_and_of_one_it_is_that_one(ro
     for ids, replies, known in zip(agreed[1], zip(*drawn, strict=True), texts, strict=True):
         assert ids in replies
         assert known[replies.index(ids)] == known[consensus.most_agreed(known)]
+
+
+def test_each_metric_has_the_figure_of_its_own_constant(monkeypatch):
+    names = ("bleu", "rouge1", "rougeL")
+    chosen = {n: dialogue.Turn("therapist", n) for n in names}
+    monkeypatch.setattr(evaluate.baselines, "constant", lambda train, seed: chosen)
+    train = [dialogue.Exchange("c", (), dialogue.Turn("client", "a"), dialogue.Turn("therapist", "b", "joy"))]
+
+    def row(turns):
+        assert [t.emotion for t in turns] == ["joy"] * 5
+        return {m: float(10 * names.index(turns[0].text) + i) for i, m in enumerate((*names, "reward"))}
+
+    found, texts = evaluate.constants(train, train * 5, row, 0)
+    assert found == {"bleu": 0.0, "rouge1": 11.0, "rougeL": 22.0, "reward": 23.0} and texts == {n: n for n in names}

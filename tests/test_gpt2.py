@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from therapy_jax import gpt2, sft, weights
+from therapy_jax.attention import attention
 from therapy_jax.batching import Batch
 from therapy_jax.head import logprobs_and_entropy
 
@@ -227,3 +228,17 @@ def test_new_model(small):
     head = gpt2.ValueHead()
     values = np.asarray(head.apply(head.init(jax.random.key(0), jnp.ones((1, 48))), jnp.ones((2, 3, 48))))
     np.testing.assert_array_equal(values, np.zeros((2, 3)))
+
+
+def test_attention_drops_weights_after_the_softmax():
+    q, k = jax.random.normal(jax.random.key(0), (2, 2, 3, 40, 8))
+    v, seen = jnp.broadcast_to(jnp.eye(40), (2, 3, 40, 40)), np.tril(np.ones((40, 40), bool))  # v = I shows the weights
+    scores = np.einsum("bhtk,bhsk->bhts", *(np.asarray(x, float) for x in (q, k))) / np.sqrt(8)
+    z = np.where(seen, np.exp(scores), 0)
+    weights = z / z.sum(-1, keepdims=True)
+    visible = jnp.broadcast_to(seen, (2, 40, 40))
+    np.testing.assert_allclose(attention(q, k, v, visible, 0.0, None), weights, rtol=1e-4, atol=1e-6)
+    got = np.asarray(attention(q, k, v, visible, 0.25, jax.random.key(1)))
+    np.testing.assert_allclose(got[got != 0], (weights / 0.75)[got != 0], rtol=1e-4)
+    n = (weights > 0).sum()
+    assert abs((got[weights > 0] == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)

@@ -102,3 +102,8 @@ def test_the_gradient_scales_with_what_comes_after():
     one, six = jax.grad(total)(hidden), jax.grad(lambda h: -6.0 * total(h))(hidden)
     np.testing.assert_allclose(six, -6 * one, rtol=1e-6)
     assert np.abs(one)[counted].max() > 0.1 and not np.asarray(one)[~counted].any()
+
+
+def test_chunks_on_a_gpu_are_a_quarter_of_the_rows_within_bounds(monkeypatch):
+    monkeypatch.setattr(head, "on_gpu", lambda: True)
+    assert [head.chunk_size(n) for n in (1000, 16384, 65536)] == [2048, 4096, 8192]

@@ -398,3 +398,27 @@ def test_too_many_in_a_row_end_the_run_with_the_state_saved_and_the_batch_writte
     logged = lines(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in logged] == list(range(1, 10))
     assert [x["bad_updates"] for x in logged] == [0, 1, 1, 2, 3, 4, 4, 5, 5]
+
+
+def test_the_parameters_of_the_lowest_validation_loss_come_back(tmp_path):
+    """Eight steps on what is held out, then sixteen on other words. The loss is a mean over tokens, not over batches."""
+    training = SFTConfig(
+        epochs=1, batch_size=4, eval_every=4, log_every=4, beta1=0.0, warmup_steps=0, learning_rate=3e-2, final_learning_rate=1.0
+    )  # fmt: skip
+    sizes = gpt2.GPT2Config(vocab_size=120, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+    params, model, mesh = gpt2.init(sizes, jax.random.key(0)), gpt2.GPT2(sizes), sharding.make_mesh(MeshConfig(data=1))
+    tokens = np.random.default_rng(0).integers(1, 60, (4, 16)).astype(np.int32)
+    held_out = [tokens, tokens[:, 10:]]
+
+    def batch_of(step: int, mine: np.ndarray):
+        return batching.unsupervised(tokens[mine] if step < 8 else tokens[mine] + 60)
+
+    validation = [batching.unsupervised(x) for x in held_out]
+    best = train_sft.fit("sft", tmp_path, training, sizes, params, batch_of, 24, validation, mesh, Config(), ("seed",))
+    losses = [x["validation_loss"] for x in lines(tmp_path / "metrics.jsonl") if "validation_loss" in x]
+    assert len(losses) == 6 and losses[-1] > min(losses) + 0.1
+    total = count = 0.0
+    for x in held_out:
+        logs = np.asarray(jax.nn.log_softmax(model.apply({"params": best}, x, np.ones(x.shape, bool))), float)
+        total, count = total - np.take_along_axis(logs[:, :-1], x[:, 1:, None], -1).sum(), count + x[:, 1:].size
+    assert total / count == pytest.approx(min(losses), rel=1e-4)

@@ -2,6 +2,7 @@
 but the batch on its way in and logged numbers on their way out."""
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def parse(run_dir: Path, **changes) -> config.Config:
 def watch(monkeypatch, module, name: str) -> dict[str, list]:
     """Replaces a step by itself with a count of its traces (one a compiled program), and jit by one whose calls run under a
     guard: an argument that was not put on the device by name raises. Fetches are counted by size."""
-    seen: dict[str, list] = {"traced": [], "calls": [], "fetched": [], "put": []}
+    seen: dict[str, list] = {"traced": [], "calls": [], "fetched": [], "put": [], "events": []}
     step, jit, get, put = getattr(module, name), jax.jit, jax.device_get, sharding.split_batch
 
     @functools.wraps(step)
@@ -48,6 +49,7 @@ def watch(monkeypatch, module, name: str) -> dict[str, list]:
 
         def call(*args):
             seen["calls"].append(1)
+            seen["events"].append("step")
             with jax.transfer_guard_host_to_device("disallow"):
                 return program(*args)
 
@@ -55,6 +57,7 @@ def watch(monkeypatch, module, name: str) -> dict[str, list]:
 
     def counted_get(tree):
         seen["fetched"].append(sum(np.size(x) for x in jax.tree.leaves(tree)))
+        seen["events"].append(seen["fetched"][-1])
         return get(tree)
 
     def counted_put(mesh, tree):
@@ -95,10 +98,12 @@ def test_sft_compiles_once_a_shape_and_fetches_what_it_logs(row_tokens, tmp_path
 @pytest.mark.slow
 def test_ppo_compiles_once_and_fetches_what_it_logs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    given = parse(tmp_path)
+    given = parse(tmp_path, **{"ppo.eval_every": 4})
     train_sft.main(given)
     seen = watch(monkeypatch, ppo, "ppo_iteration")
     train_ppo.main(given)
     assert len(seen["calls"]) == 4 and len(seen["traced"]) == 1
-    metrics = [size for size in seen["fetched"] if 30 < size < 200]
-    assert len(metrics) >= 4  # one an iteration: scalars alone, never replies or parameters
+    starts = [i for i, event in enumerate(seen["events"]) if event == "step"]
+    for a, b in itertools.pairwise(starts):  # no evaluation in between: scalars alone, never replies or parameters
+        (size,) = seen["events"][a + 1 : b]
+        assert 30 < size < 200

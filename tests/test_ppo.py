@@ -254,6 +254,7 @@ def test_adaptive_kl_coefficient_in_closed_form():
     np.testing.assert_allclose(
         adapt(kl=jnp.float32(60.0)), 0.2 * (1 + 0.2 * 50 / 1000), rtol=1e-6
     )  # error clipped at 0.2
+    np.testing.assert_allclose(adapt(kl=jnp.float32(0.0)), 0.2 * (1 - 0.2 * 50 / 1000), rtol=1e-6)  # and below
     np.testing.assert_allclose(adapt(kl=jnp.float32(5.4)), 0.2 * (1 - 0.1 * 50 / 1000), rtol=1e-6)
     assert float(ppo.adapt_kl_coef(jnp.float32(0.2), jnp.float32(60.0), 50, cfg=CFG)) == np.float32(
         0.2
@@ -280,3 +281,24 @@ def test_value_head_starts_at_zero_and_learns_the_returns():
     after = float(jnp.where(rollout.mask, jnp.square(values - rollout.returns), 0).sum())
     assert after < 0.1 * before
     assert float(first["explained_variance"]) <= 0.0
+
+
+def test_what_stops_an_update_stops_the_rest_of_it_and_each_pass_deals_anew():
+    """One prompt whose replies have become far likelier than they were: the minibatch that holds it stops the update, and so
+    says at which place of the first pass it stood. One prompt of NaN: whether it stood at the last place of the last pass."""
+    cfg = dataclasses.replace(CFG, learning_rate=1e-9, max_update_kl=0.02)
+    state = make_state(cfg)
+    rollout, _ = make_rollout(state, cfg)
+    assert (cfg.epochs, cfg.minibatches) == (2, 4)
+    places, last = [], []
+    for row in range(B):
+        far = rollout._replace(old_logprobs=rollout.old_logprobs.at[row].add(-1.5))
+        _, metrics = update(state, far, cfg=cfg)
+        places.append(8 - int(metrics["skipped"]))
+        assert float(metrics["update_kl"]) < 1e-6, "a mean over the steps that were taken"
+        _, metrics = update(state, rollout._replace(advantages=rollout.advantages.at[row].set(np.nan)), cfg=cfg)
+        last.append(int(metrics["bad_in_a_row"]) == 1)
+    assert sorted(places) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, (
+        "no step of the second pass; every prompt dealt once"
+    )
+    assert sum(last) == 4 and last != [place == 3 for place in places], "the second pass is another deal"

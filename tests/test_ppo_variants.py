@@ -362,3 +362,104 @@ def test_a_bandit_with_a_known_best_answer_is_solved(estimator):
     assert scores[0] < 0.15
     assert np.mean(scores[-5:]) > 0.95
     assert int(state.step) == cfg.iterations
+
+
+def by_hand(params, prompt, reply):
+    """Each reply behind its prompt, one forward without a cache -> log-probs, entropies, values, float64, a triple a reply."""
+    tokens, mask = np.asarray(reply.tokens), np.asarray(reply.mask)
+    text, seen = jnp.concatenate([prompt.tokens, tokens], 1), jnp.concatenate([prompt.mask, mask], 1)
+    states = np.asarray(jit(functools.partial(gpt2.hidden, model=MODEL))(params["policy"], text, seen)[0], float)
+    wte, value = np.asarray(params["policy"]["wte"], float)[:50], params["value"]["head"]["value"]
+    found = []
+    for b, n in enumerate(mask.sum(1)):
+        h = states[b, P - 1 : P - 1 + n]
+        logs = h @ wte.T / 0.8
+        logs -= np.log(np.exp(logs).sum(-1, keepdims=True))
+        values = h @ np.asarray(value["kernel"], float)[:, 0] + float(value["bias"][0])
+        found.append((logs[np.arange(n), tokens[b, :n]], -(np.exp(logs) * logs).sum(-1), values))
+    return found
+
+
+def with_critic(state, rng):
+    kernel = jnp.asarray(0.3 * rng.normal(size=(CONFIG.n_embd, 1)), jnp.float32)
+    return {**state.params, "value": {"head": {"value": {"kernel": kernel, "bias": jnp.full(1, 0.1)}}}}
+
+
+def test_the_loss_is_that_of_the_formulas_on_both_sides_of_both_clips():
+    cfg = dataclasses.replace(CFG, clip=0.3, value_clip=0.15, value_coef=0.7, entropy_coef=0.05)
+    rng, (prompt, _, _) = np.random.default_rng(0), make_inputs(B)
+    params = with_critic(make_state(cfg), rng)
+    reply = GENERATE(params["policy"], prompt, jax.random.key(0), model=MODEL, cfg=SAMPLING)
+    old, old_values, advantages, returns = rng.normal(size=(4, B, R))  # garbage where nothing counts
+    parts = {name: [] for name in ("policy", "value", "entropy", "clipped", "kl", "gap")}
+    for b, (logprobs, entropy, values) in enumerate(by_hand(params, prompt, reply)):
+        for t, (new, h, v) in enumerate(zip(logprobs, entropy, values, strict=True)):
+            old[b, t], old_values[b, t] = new - rng.uniform(-0.8, 0.8), v - rng.uniform(-0.4, 0.4)
+            r, a = np.exp(new - old[b, t]), advantages[b, t]
+            parts["policy"].append(-min(r, 1.3) * a if a > 0 else -max(r, 0.7) * a)
+            near = min(max(v, old_values[b, t] - 0.15), old_values[b, t] + 0.15)
+            parts["value"].append(0.5 * max((v - returns[b, t]) ** 2, (near - returns[b, t]) ** 2))
+            parts["entropy"].append(h)
+            parts["clipped"].append(not 0.7 <= r <= 1.3)
+            parts["kl"].append(r - 1 - np.log(r))
+            parts["gap"].append(abs(r - 1))
+    mean = {name: np.mean(column) for name, column in parts.items()}
+    arrays = (jnp.asarray(x, jnp.float32) for x in (old, old_values, advantages, returns))
+    rollout = ppo.Rollout(prompt, reply.tokens, reply.mask, *arrays)
+    loss, found = jit(functools.partial(ppo.ppo_loss, model=MODEL, cfg=cfg, temperature=0.8))(params, rollout)
+    expected = {
+        "loss": mean["policy"] + 0.7 * mean["value"] - 0.05 * mean["entropy"], "policy_loss": mean["policy"],
+        "value_loss": mean["value"], "clip_fraction": mean["clipped"], "update_kl": mean["kl"], "ratio_gap": max(parts["gap"]),
+    }  # fmt: skip
+    assert 0.2 < mean["clipped"] < 0.8 and found.keys() == expected.keys() and loss == found["loss"]
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_what_is_logged_of_a_rollout_is_what_the_readme_says():
+    state, rng, (prompt, _, _) = make_state(CFG), np.random.default_rng(0), make_inputs(B)
+    state = state._replace(
+        params=with_critic(state, rng)
+    )  # policy = reference: no KL, a token's return is its reply's score
+    reply = GENERATE(state.params["policy"], prompt, jax.random.key(0), model=MODEL, cfg=SAMPLING)
+    mask, scores, off = np.asarray(reply.mask), np.linspace(-1, 2, B), rng.uniform(-0.5, 0.5, (B, R))
+    shifted = reply._replace(logprobs=jnp.where(mask, reply.logprobs + off, 0.0))
+    cfg = dataclasses.replace(CFG, gamma=1.0, lam=1.0)
+    _, found = JUDGE(state, prompt, shifted, jnp.asarray(scores), model=MODEL, cfg=cfg, temperature=0.8)
+    rows = by_hand(state.params, prompt, reply)
+    values, returns = np.concatenate([v for *_, v in rows]), np.repeat(scores, mask.sum(1))
+    expected = {
+        "score_sd": scores.std(), "reply_tokens": mask.sum(1).mean(), "sampler_gap": np.abs(off[mask]).mean(),
+        "stop_rate": np.mean([0 in np.asarray(reply.tokens[b])[mask[b]] for b in range(B)]),
+        "entropy": np.concatenate([h for _, h, _ in rows]).mean(),
+        "explained_variance": 1 - np.square(returns - values).sum() / np.square(returns - returns.mean()).sum(),
+    }  # fmt: skip
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_every_iteration_draws_anew():
+    """The same prompts and a policy that has not moved: other replies, since the keys derive from the iteration's number."""
+    _, roll, _ = make_programs(CFG)
+    state, inputs, key = make_state(CFG), make_inputs(B), jax.random.key(1)
+    first, second, again = (
+        np.asarray(roll(state._replace(step=jnp.int32(k)), *inputs, key)[0].tokens) for k in (0, 1, 0)
+    )
+    assert (first != second).any(1).mean() > 0.5
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_beta_is_the_configs_and_follows_the_kl_of_the_replies(name):
+    cfg, steps = VARIANTS[name], history(name)[0]
+    beta = cfg.kl_coef
+    for state, metrics in steps:
+        np.testing.assert_allclose(metrics["kl_coef"], beta, rtol=1e-5)
+        if cfg.kl_target is not None:
+            beta *= 1 + min(max(float(metrics["kl"]) / cfg.kl_target - 1, -0.2), 0.2) * B / cfg.kl_horizon
+        np.testing.assert_allclose(state.kl_coef, beta, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_iteration_starts_at_ratio_one(name):
+    assert max(float(metrics["ratio_gap_start"]) for _, metrics in history(name)[0]) < 1e-4

@@ -153,7 +153,9 @@ def written(folder: Path, cells: list[grid.Cell], replies: dict[tuple[str, int],
     """answers.json of each cell to three exchanges."""
     said = ["How do you feel about that today?", "What happened then on the way?", "I hear how tired you are now."]
     for cell in cells:
-        rows = [{"client": f"c{i}", "therapist": text, "retrieval": "", "random": text} for i, text in enumerate(said)]
+        # The trivial systems answer in the first cell alone, as reproduce.py has them answer.
+        shared = [{"retrieval": "", "random": text, "base": "zzz"} if cell is cells[0] else {} for text in said]
+        rows = [{"context": [], "client": f"c{i}", "therapist": text, **shared[i]} for i, text in enumerate(said)]
         own = [{cell.system: reply or row["therapist"]} for reply, row in zip(replies[cell[:2]], rows, strict=True)]
         cell.folder.mkdir(parents=True)
         (cell.folder / "answers.json").write_text(json.dumps([a | b for a, b in zip(rows, own, strict=True)]))

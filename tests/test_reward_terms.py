@@ -367,3 +367,13 @@ def test_manner_finds_phrases_of_whole_words_in_real_tokens(size, request):
     assert not manner(b._replace(words_mask=jnp.zeros_like(mask))).any()
     for text, value, wanted in zip((*BAD, *GOOD), got, [-1] * len(BAD) + [0] * len(GOOD), strict=True):
         assert value == wanted, text
+
+
+def test_on_mescs_shares_nothing_is_rewarded():
+    """What is rarer than 1 % is too rare to reward (README); MESC's therapists are neutral in 98 of 100 turns."""
+
+    def table(*few):
+        shares = jnp.asarray([1 - sum(few), *few, 0, 0, 0, 0], jnp.float32)
+        return np.asarray(emotion.balanced(emotion.likeness(), shares))
+
+    assert not table(0.0095, 0.0085).any() and table(0.0105, 0.0105)[:, :3].any()

@@ -348,3 +348,17 @@ def test_a_term_of_wrong_shape_or_dtype_is_named(what, broken):
         combine.raw_terms(b, lambda b: {"rouge_l": jnp.ones(3)}, {"rouge_l": lambda b: jnp.ones(3)})
     with pytest.raises(ValueError, match="gives a list, it must give a dict"):
         combine.raw_terms(b, lambda b: [1.0], {})  # type: ignore
+
+
+def test_a_share_is_the_covariance_with_the_score(rng):
+    scales = (("a", 1.0), ("b", 0.5), ("c", 2.0))
+    raw = {name: (scale * rng.normal(size=64)).astype(np.float32) for name, scale in scales}
+    raw["b"] -= 0.4 * raw["a"]
+    weights = {"a": 1.0, "b": 3.0, "c": -0.5}
+    _, _, found = combined({k: jnp.asarray(v) for k, v in raw.items()}, weights, combine.init_stats(NAMES), False)
+    parts = {k: weights[k] * raw[k].astype(float) for k in NAMES}
+    total = sum(parts.values())
+    for k in NAMES:
+        covariance = np.cov(parts[k], total, bias=True)[0, 1]
+        np.testing.assert_allclose(found[f"share/{k}"], covariance / total.var(), rtol=1e-4)
+    assert found["share/a"] < 0  # it pulls against the rest

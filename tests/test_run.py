@@ -54,3 +54,10 @@ def test_a_line_separator_in_a_reply_splits_no_log_line(tmp_path):
     assert logs.read_log(tmp_path / "samples.jsonl") == records
     assert list(logs.take_up(tmp_path, "ppo", 1, "samples.jsonl")) == [0, 1]
     assert logs.read_log(tmp_path / "samples.jsonl") == records[:2]
+
+
+def test_taking_up_a_stage_leaves_the_others_lines(tmp_path):
+    logs.append(tmp_path / "metrics.jsonl", [{"stage": s, "step": k} for s in ("base", "sft") for k in (1, 2, 3)])
+    assert list(logs.take_up(tmp_path, "sft", 1)) == [1]
+    left = [(x["stage"], x["step"]) for x in logs.read_log(tmp_path / "metrics.jsonl")]
+    assert left == [("base", 1), ("base", 2), ("base", 3), ("sft", 1)]

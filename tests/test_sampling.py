@@ -342,3 +342,14 @@ def test_remat_saves_memory_and_changes_no_gradient(times):
     assert memory[1].temp_size_in_bytes < 0.7 * memory[0].temp_size_in_bytes
     for a, b in zip(jax.tree.leaves(kept(params)), jax.tree.leaves(anew(params)), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))  # sums in another order
+
+
+def test_each_token_is_drawn_anew():
+    """A model without any opinion: what is drawn next does not depend on what was drawn before."""
+    model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=8, n_positions=8, n_embd=2, n_layer=1, n_head=1, eos_token_id=9))
+    flat = jax.tree.map(jnp.zeros_like, gpt2.init(model.config, jax.random.key(0)))
+    generate = jax.jit(functools.partial(sampling.generate, model=model, cfg=SamplingConfig(max_new_tokens=3)))
+    tokens = np.asarray(generate(flat, batching.prompts([[1]] * 4000, 1), jax.random.key(0)).tokens)
+    for a, b in itertools.combinations(range(3), 2):
+        table = np.histogram2d(tokens[:, a], tokens[:, b], bins=np.arange(9))[0]
+        assert stats.chi2_contingency(table).pvalue > 1e-3  # fixed seed: passes always, or never

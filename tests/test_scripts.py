@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import beside
 
-from therapy_jax import config, origin
-from therapy_jax.dialogue import read_dialogues
+from therapy_jax import config, origin, weights
+from therapy_jax.dialogue import SAMPLE, read_dialogues
 from therapy_jax.files import flatten
 
 ROOT = Path(__file__).parent.parent
@@ -287,6 +288,13 @@ def test_several_draws_begin_with_the_one_of_a_single_draw_and_are_averaged(fini
             values = [row[key] for row in rows]
             assert several["systems"][name][key] == pytest.approx(sum(values) / len(values), rel=1e-9)
         assert len({row["reward"] for row in rows}) == len(rows)  # each draw has a key of its own
+    other = beside(finished, tmp_path / "other")
+    done = run(command("evaluate", other, **{"seed": 1, "evaluate.systems": "[sft, random]"}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = json.loads((other / "results.json").read_text())["systems"]
+    for name in ("sft", "random"):  # draw i is what seed + i would have answered
+        for key in ("bleu", "distinct2", "reply_words"):
+            assert several["draws"][name][1][key] == pytest.approx(alone[name][key], rel=1e-6)
     for other in ("sft", "retrieval", "random"):
         means = [several["systems"][name] for name in ("ppo", other)]
         for key, (difference, low, high) in several["comparisons"][f"ppo - {other}"].items():
@@ -305,13 +313,12 @@ def test_evaluation_asks_for_every_model_before_it_begins(finished, tmp_path):
 def test_a_prompt_that_leaves_no_room_for_a_reply_is_left_out_for_all(finished, tmp_path):
     """Its utterance alone fills the model's 256 positions but for a few; the reply that is on record fits."""
     folder, data = beside(finished, tmp_path / "run"), tmp_path / "own.jsonl"
-    sample = (ROOT / "therapy_jax" / "sample" / "dialogues.jsonl").read_text()
-    data.write_text(sample + json.dumps(conversation("long", "no " * 300, "test")) + "\n")
+    data.write_text(SAMPLE.read_text() + json.dumps(conversation("long", "no " * 300, "test")) + "\n")
     changes = {"data.path": data, "evaluate.systems": "[sft, retrieval]", "evaluate.limit": 400}
     done = run(command("evaluate", folder, **changes))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 exchanges left out, for all systems" in done.stdout or "1 exchanges left out" in done.stdout
-    assert json.loads((folder / "results.json").read_text())["data"]["n"] >= 182
+    found = json.loads((folder / "results.json").read_text())["data"]
+    assert found["left_out"] == 1 and found["n"] == 183 and "1 exchanges left out, for all systems" in done.stdout
 
 
 @pytest.mark.slow
@@ -363,3 +370,29 @@ def test_the_sft_model_is_held_once_beside_policy_and_moments(finished, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["reward/copies"] for line in lines if "reward/copies" in line} == {4.0}
+
+
+@pytest.mark.slow  # one of the two has a best step that is not the last
+@pytest.mark.parametrize(("keep", "choose"), [("reward", max), ("-reward", min)])
+def test_the_policy_that_validation_chose_is_the_one_that_is_left(finished, tmp_path, keep, choose):
+    folder = beside(finished, tmp_path / "run")
+    done = run(command("train_ppo", folder, **{"ppo.keep_best": keep, "ppo.learning_rate": 1e-2}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {x["step"]: x["validation/reward"] for x in log if "validation/reward" in x}
+    best = max(step for step, value in found.items() if value == choose(found.values()))
+    (_, a), (_, b) = (weights.load_pretrained(folder / "ppo" / p) for p in ("model", f"checkpoints/{best}"))
+    np.testing.assert_array_equal(a["blocks"]["c_fc"]["kernel"], b["blocks"]["c_fc"]["kernel"])
+
+
+@pytest.mark.slow
+def test_what_was_pretrained_on_is_noted_also_through_model_name(tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text(SAMPLE.read_text() + json.dumps(conversation("own", "My cat ran away.", "train")) + "\n")
+    extra = next(d for d in read_dialogues(own, "jsonl")["train"] if d.conversation_id == "own")
+    first, second = tmp_path / "first", tmp_path / "second"
+    anew = {"pretrain.epochs": None, "pretrain": "null", "model.name": first / "base", "tokenizer.name": first / "base"}
+    for folder, changes in ((first, {"pretrain.data": json.dumps([{"path": str(own)}])}), (second, anew)):
+        done = run(command("train_sft", folder, **changes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert origin.digest(extra) in origin.read(folder / "sft" / "model")["conversations"]

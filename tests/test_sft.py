@@ -1,6 +1,8 @@
 """The supervised step against torch's AdamW, and its laws: what counts in the loss, what accumulation must keep."""
 
 import functools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import train_sft
+
 from therapy_jax import batching, gpt2, sft, weights
-from therapy_jax.config import TrainingConfig
+from therapy_jax.config import Config, SFTConfig, TrainingConfig
 from therapy_jax.prompts import Example
 
 CONFIG = gpt2.GPT2Config(vocab_size=130, n_positions=24, n_embd=16, n_layer=2, n_head=2)
@@ -169,7 +174,15 @@ def test_ten_steps_are_torchs(tmp_path):
     start = jax.tree.map(jnp.asarray, start)
 
     cfg = TrainingConfig(
-        learning_rate=0.03, warmup_steps=3, final_learning_rate=0.2, weight_decay=0.3, max_grad_norm=1.2, batch_size=4
+        learning_rate=0.03,
+        warmup_steps=3,
+        final_learning_rate=0.2,
+        weight_decay=0.3,
+        max_grad_norm=1.2,
+        batch_size=4,
+        beta1=0.8,
+        beta2=0.95,
+        epsilon=1e-6,
     )
     peak, warmup, last, steps = cfg.learning_rate, 3, 0.2, 10
     tx = sft.optimizer(cfg, steps)
@@ -180,7 +193,7 @@ def test_ten_steps_are_torchs(tmp_path):
         {"params": [p for p in oracle.parameters() if (p.ndim == 2) is two], "weight_decay": 0.3 * two}
         for two in (True, False)
     ]
-    adamw = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), eps=1e-8)
+    adamw = torch.optim.AdamW(groups, lr=peak, betas=(0.8, 0.95), eps=1e-6)
     factor = lambda i: i / warmup if i < warmup else 1 - (1 - last) * (i - warmup) / (steps - warmup)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
     norms = []
@@ -217,3 +230,29 @@ def test_ten_steps_are_torchs(tmp_path):
     moved = jax.tree.map(jnp.subtract, theirs, before)
     for a, b, way in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), jax.tree.leaves(moved), strict=True):
         assert jnp.linalg.norm(a - b) < 1e-2 * jnp.linalg.norm(way)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 40])
+def test_an_epoch_of_the_script_holds_each_exchange_once_in_another_order(row_tokens):
+    rng = np.random.default_rng(0)
+    talks = [
+        [Example(list(range(1, 4 + k)), [100 + 10 * c + k, 0], 0, k) for k in range(rng.integers(1, 6))]
+        for c in range(23)
+    ]
+    examples = [e for talk in talks for e in talk]
+    config = Config(seed=3, sft=SFTConfig(batch_size=4, row_tokens=row_tokens))
+    if row_tokens is None:
+        batch_of, per_epoch = train_sft.one_exchange_a_row(config, examples)
+    else:
+        batch_of, per_epoch = train_sft.whole_conversations(config, row_tokens, talks)
+
+    def walk(epoch, *parts):  # replies' first tokens of each step; `parts`: the rows that each process supplies
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        made = [[batch_of(step, np.asarray(mine)) for mine in parts] for step in steps]
+        return [[t for b in step for t in b.tokens[b.loss_mask].tolist() if t] for step in made]
+
+    epochs = [walk(k, range(4)) for k in range(3)]
+    for epoch in epochs:
+        assert sorted(t for step in epoch for t in step) == sorted(e.reply[0] for e in examples)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] == walk(0, range(4))
+    assert [sorted(s) for s in walk(0, range(2), range(2, 4))] == [sorted(s) for s in epochs[0]]  # two processes
