@@ -1,7 +1,7 @@
 """One client sentence through one whole PPO iteration: every array by name, shape and meaning, in the order of the files.
 
 Everything that is shown was computed by the functions that train, on the models of run_dir; where it holds none, on a tiny
-model that has learnt nothing. Nothing is written to run_dir.
+model that has learnt nothing. Nothing is written to run_dir but classifiers, where it holds none yet.
 
     python scripts/walkthrough.py --config configs/quickstart.yaml --text "My sister stopped calling me." --emotion sadness
 """

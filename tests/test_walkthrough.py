@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from therapy_jax import config, gpt2, ppo, sampling, sharding, weights
-from therapy_jax.config import Config, MeshConfig, ModelConfig, TokenizerConfig
+from therapy_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TokenizerConfig
 from therapy_jax.dialogue import Exchange, Turn
 from therapy_jax.rewards.batch import RewardBatch
 
@@ -145,3 +145,10 @@ def test_help_names_its_own_options_without_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "What the client says" in done.stdout and "--emotion" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_sentence_that_leaves_no_room_for_a_reply_is_refused(walkthrough, tiny):
+    long = walkthrough.Options(text="no " * 400)
+    with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens leaves no room for a reply of 8"):
+        walkthrough.main(tiny, long)

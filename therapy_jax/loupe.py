@@ -125,9 +125,15 @@ def load(folder: Path, config: Config, data: dict[str, list[Exchange]]) -> Bench
 
 
 def ask(bench: Bench, config: Config, chosen: Sequence[Exchange]) -> tuple[Prompt, References]:
-    """Exchanges -> prompts, padded on the left to one length, and what the data says about each."""
+    """Exchanges -> prompts, padded on the left to one length, and what the data says about each. Raises ConfigError for a prompt
+    that leaves no room for a reply."""
     rows = [prompts.encode_prompt(bench.tokenizer, e.context, e.client, config.prompt)[0] for e in chosen]
     room = bench.model.config.n_positions - config.sampling.max_new_tokens
+    if (longest := max(map(len, rows))) > room:
+        raise ConfigError(
+            f"a prompt of {longest} tokens leaves no room for a reply of {config.sampling.max_new_tokens} in the model's "
+            f"{bench.model.config.n_positions} positions; say less"
+        )
     prompt = batching.prompts(rows, min(batching.round_up(max(map(len, rows)), PAD_TO), room))
     return prompt, make_references(chosen, bench.scorer.trunk, bench.tokenizer, model=bench.model)
 
