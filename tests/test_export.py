@@ -22,7 +22,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from therapy_jax import card, checkpoint, config, dialogue, export, gpt2, locate, ppo, prompts, sampling, sft, weights
+from therapy_jax import (
+    card,
+    checkpoint,
+    config,
+    dialogue,
+    export,
+    gpt2,
+    locate,
+    origin,
+    ppo,
+    prompts,
+    sampling,
+    sft,
+    weights,
+)
 from therapy_jax.batching import prompts as batch_of
 from therapy_jax.config import Config, ConfigError, DataConfig, PromptConfig, RewardConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS, Turn
@@ -57,7 +71,9 @@ def write_run(folder: Path, tokenizer, cfg: Config) -> dict[str, gpt2.Params]:
     for i, stage in enumerate(("base", "sft", "ppo")):
         made[stage] = random_params(model, i)
         weights.save_pretrained(folder / stage / "model", model, made[stage], tokenizer)
-    save_file({"value.kernel": np.ones((16, 1), np.float32)}, folder / "ppo" / "model" / "value_head.safetensors")
+        origin.note(folder / stage / "model", cfg, dialogue.read_dialogues(None, "jsonl")["train"])
+    head = {"value.kernel": np.ones((16, 1), np.float32), "value.bias": np.zeros(1, np.float32)}
+    save_file(head, folder / "ppo" / "model" / "value_head.safetensors")
 
     weights.save_pretrained(folder / "ppo" / "critic", model, made["base"], tokenizer)
 
@@ -109,9 +125,9 @@ def templated(tokenizer, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
 
     @functools.cache
-    def of(prompt: PromptConfig):
+    def of(prompt: PromptConfig, emotions=dialogue.EMOTIONS):
         folder = tmp_path_factory.mktemp("tokenizer")
-        tokenizer.chat_template = export.chat_template(tokenizer, prompt)
+        tokenizer.chat_template = export.chat_template(tokenizer, prompt, emotions)
         tokenizer.save_pretrained(folder)
         tokenizer.chat_template = None
         return transformers.AutoTokenizer.from_pretrained(folder)
@@ -127,6 +143,17 @@ def messages(context, client) -> list[dict[str, str]]:
 def ids_of(theirs, context, client, **variables) -> list[int]:
     asked = messages(context, client)
     return theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, **variables)["input_ids"]
+
+
+@pytest.mark.parametrize(("emotion", "known"), [(None, ()), ("afraid", dialogue.EMPATHETIC_EMOTIONS)])
+def test_a_model_is_told_the_emotions_that_it_has_met_and_no_other(templated, tokenizer, emotion, known):
+    """Data without emotions has no marker of them, and EmpatheticDialogues has words of its own."""
+    prompt = PromptConfig()
+    theirs, client = templated(prompt, known), Turn("client", "It rained.", emotion)
+    variables = {} if emotion is None else {"emotion": emotion}
+    assert ids_of(theirs, (), client, **variables) == prompts.encode_prompt(tokenizer, (), client, prompt)[0]
+    with pytest.raises(Exception, match="emotion must be one of"):
+        ids_of(theirs, (), client, emotion="sadness")
 
 
 @pytest.mark.parametrize("prompt", FORMATS, ids=NAMES)
@@ -305,7 +332,7 @@ def decoding_of(decoding: SamplingConfig) -> tuple[float, int, float]:
 
 
 def test_the_critic_is_apart(exported, run_folder):
-    assert list(load_file(exported / "value_head.safetensors")) == ["value.kernel"]
+    assert sorted(load_file(exported / "value_head.safetensors")) == ["value.bias", "value.kernel"]
     assert not any("value" in name for name in load_file(exported / "model.safetensors"))
     same(weights.load_pretrained(exported / "critic")[1], run_folder[1]["base"])
     assert "`critic/` is the model under it." in (exported / "README.md").read_text(encoding="utf-8")

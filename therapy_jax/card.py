@@ -168,14 +168,17 @@ def figures(record: Record, stage: str) -> str:
     return "\n\n".join(parts)
 
 
-def reading(config: Config, model: GPT2Config) -> str:
+def reading(config: Config, model: GPT2Config, emotions: Sequence[str]) -> str:
     """What goes in and what comes out, as bullets."""
     prompt = config.prompt
     parts = ["the client's last message"]
     parts += ["earlier turns"] if "context" in prompt.format else []
     parts += ["the client's emotion"] if "emotion" in prompt.format else []
     emotion = (
-        f"`emotion`, a variable of the template, is one of {', '.join(EMOTIONS)}; `neutral` where it is not given."
+        f"`emotion`, a variable of the template, is one of {', '.join(map(escape, emotions))}; "
+        + ("`neutral` where it is not given." if "neutral" in emotions else "left out where it is not given.")
+        if emotions
+        else "No emotion was annotated in its training data: the template puts none into the prompt."
     )
     if prompt.emotion == "inferred":
         emotion = "The model writes the client's emotion itself, then `<|reply|>`, before the reply."
@@ -192,13 +195,15 @@ def reading(config: Config, model: GPT2Config) -> str:
 
 
 def model_card(
-    name: str, stage: str, record: Record, model: GPT2Config, parameters: int, decoding: SamplingConfig
-) -> str:
+    name: str, stage: str, record: Record, model: GPT2Config, parameters: int, decoding: SamplingConfig,
+    emotions: Sequence[str] = EMOTIONS,
+) -> str:  # fmt: skip
     """README.md of the export: Markdown behind the few lines of YAML that the hub reads."""
     config = record.config
-    given = "emotion" in config.prompt.format and config.prompt.emotion == "given"
-    felt = ', emotion="sadness"' if given else ""
-    posted = ' The emotion goes into `chat_template_kwargs`: `{"emotion": "sadness"}`.' if given else ""
+    given = bool(emotions) and "emotion" in config.prompt.format and config.prompt.emotion == "given"
+    such = "sadness" if "sadness" in emotions else escape(emotions[0]) if emotions else ""
+    felt = f', emotion="{such}"' if given else ""
+    posted = f' The emotion goes into `chat_template_kwargs`: `{{"emotion": "{such}"}}`.' if given else ""
     longest = decoding.max_new_tokens
     cleaned = ", cleaned" if config.data.clean else ""
     started = "" if config.model.name is None else " and of the weights that it started from"
@@ -240,7 +245,7 @@ print(tokenizer.decode(reply))
 Over the OpenAI protocol: `transformers serve`, then `model` = this folder and `max_tokens` = {longest} in each request.
 Without `max_tokens` that server (transformers 5.23) asks for 1,024 tokens; the model has {model.n_positions} positions.{posted}
 
-{reading(config, model)}
+{reading(config, model, emotions)}
 
 ## Data
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ TEMPLATE = """\
 {%- endif -%}
 {{- "<|utterance|>" ~ said(messages[-1]) -}}
 {%- if with_emotion and not inferred -%}
-    {%- set felt = emotion if emotion is defined else "neutral" -%}
+    {%- set felt = emotion if emotion is defined else usual or none -%}
     {%- if felt is not none and felt not in emotions -%}
         {{- raise_exception("emotion must be one of " ~ emotions | join(", ")) -}}
     {%- endif -%}
@@ -54,13 +55,15 @@ TEMPLATE = """\
 """
 
 
-def chat_template(tokenizer: Any, config: PromptConfig) -> str:
+def chat_template(tokenizer: Any, config: PromptConfig, emotions: Sequence[str] = EMOTIONS) -> str:
     """Jinja over messages [{role, content}] -> a text whose tokens are those of prompts.encode_prompt. Its variable
-    `emotion` is the client's: neutral where it is not given, left out where it is none; without effect in prompts that
-    hold no emotion, and with `emotion: inferred`, where the model writes it."""
+    `emotion` is the client's, one of those that the model has met: neutral where it is not given (left out, where the model has
+    never met that), left out where it is none; without effect in prompts that hold no emotion, and with `emotion: inferred`,
+    where the model writes it."""
     constants = {
         "markers": [token for token in dict.fromkeys(tokenizer.all_special_tokens) if len(token) > 1],
-        "emotions": EMOTIONS,
+        "emotions": list(emotions),
+        "usual": "neutral" if "neutral" in emotions else "",
         "with_context": "context" in config.format,
         "with_emotion": "emotion" in config.format,
         "inferred": config.emotion == "inferred",
@@ -85,7 +88,9 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
     source = folder / stage / "model"
     config, params = weights.load_pretrained(source)
     tokenizer = prompts.load_tokenizer(source)
-    tokenizer.chat_template = chat_template(tokenizer, record.config.prompt)
+    noted = origin.read(source)
+    emotions = noted["emotions"] if noted else EMOTIONS
+    tokenizer.chat_template = chat_template(tokenizer, record.config.prompt, emotions)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = config.n_positions
     told = record.results.get("decoding")  # of one reply: what is done with several candidates is code, not weights
@@ -101,7 +106,7 @@ def write(out: Path, folder: Path, stage: str, record: Record) -> None:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "critic", ignore_errors=True)
     size = gpt2.count(params) - (config.padded_vocab_size - config.vocab_size) * config.n_embd
-    card = model_card(folder.resolve().name, stage, record, config, size, decoding)
+    card = model_card(folder.resolve().name, stage, record, config, size, decoding, emotions)
     (out / "README.md").write_text(card, encoding="utf-8")
     write_json(out / "generation_config.json", generation_config(config, decoding))
     if (source / "value_head.safetensors").is_file():

@@ -29,15 +29,17 @@ def digest(dialogue: Dialogue) -> str:
 
 
 def note(model: Path, config: Config, learnt: Iterable[Dialogue], before: str | Path | None = None) -> None:
-    """model/origin.json: seed, prompt, and which conversations it has learnt from, those of the model `before` (as model.name
-    names it) among them. Before the weights are written."""
+    """model/origin.json: seed, prompt, the clients' emotions in `learnt`, and which conversations it has learnt from, those of the
+    model `before` (as model.name names it) among them. Before the weights are written."""
     known = read(find(before).folder) if before is not None else None
     if processes.is_writer():
         as_path(model).mkdir(parents=True, exist_ok=True)
         inherited = known["conversations"] if known else []
+        learnt = list(learnt)
         conversations = sorted({*inherited, *(digest(dialogue) for dialogue in learnt)})
-        prompt = dataclasses.asdict(config.prompt)
-        write_json(model / NAME, {"seed": config.seed, "prompt": prompt, "conversations": conversations})
+        felt = {turn.emotion for dialogue in learnt for turn in dialogue.turns if turn.speaker == "client"} - {None}
+        told = {"seed": config.seed, "prompt": dataclasses.asdict(config.prompt), "emotions": sorted(map(str, felt))}
+        write_json(model / NAME, {**told, "conversations": conversations})
 
 
 def read(model: Path) -> dict[str, Any] | None:
@@ -47,7 +49,7 @@ def read(model: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"seed": found["seed"], "prompt": found["prompt"], "conversations": found["conversations"]}
+        return {name: found[name] for name in ("seed", "prompt", "emotions", "conversations")}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); train the model again, or delete this file") from error
 
