@@ -28,6 +28,7 @@ from therapy_jax import (
     checkpoint,
     files,
     gpt2,
+    locate,
     logs,
     origin,
     packing,
@@ -57,7 +58,8 @@ def main(config: Config) -> None:
 
     corpora = read_corpora(config)
     gpt2_config, params, tokenizer = make_base(config, folder, dialogues, corpora, mesh)
-    origin.note(folder / "base" / "model", config, [d for c in corpora for d in c["train"]], config.model.name)
+    started_from = None if config.model.name is None else locate.find(config.model.name).folder
+    origin.note(folder / "base" / "model", config, [d for c in corpora for d in c["train"]], started_from)
     weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
 
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from therapy_jax import dialogue, origin, stages
+from therapy_jax import dialogue, locate, origin, stages
 from therapy_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, PromptConfig
 
 
@@ -62,7 +62,7 @@ def test_a_model_inherits_what_the_one_before_it_has_learnt(hashed, tmp_path):
     before, after = tmp_path / "a" / "sft" / "model", tmp_path / "b"
     origin.note(before, Config(), first)
     (before / "model.safetensors").touch()
-    origin.note(after, Config(seed=1), second, tmp_path / "a")  # as model.name may name it: a run folder
+    origin.note(after, Config(seed=1), second, locate.find(tmp_path / "a").folder)  # model.name may name a run folder
     found = origin.read(after)
     assert found and found["seed"] == 1
     assert set(found["conversations"]) == {origin.digest(d) for d in (*first, *second)}

@@ -11,7 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from therapy_jax import checkpoint, files, gpt2, logs, prompts, weights
+from therapy_jax import checkpoint, dialogue, files, gpt2, logs, origin, prompts, weights
+from therapy_jax.config import Config
 
 
 class Bucket(MemoryFileSystem):
@@ -80,3 +81,12 @@ def test_a_manifest_there_holds_sizes_alone(bucket):
     assert checkpoint.damage(step) == "state/d/0 is damaged"
     (step / "state/d/0").unlink()
     assert checkpoint.damage(step) == "state/d/0 is missing"
+
+
+def test_what_a_model_has_learnt_is_noted_and_inherited_there(bucket):
+    first, second = (dialogue.read_dialogues(None, "jsonl")[split] for split in ("train", "validation"))
+    base, sft = (files.as_path(f"gs://b/run/{stage}/model") for stage in ("base", "sft"))
+    origin.note(base, Config(), first)
+    origin.note(sft, Config(), second, base)
+    found = origin.read(sft)
+    assert found and set(found["conversations"]) == {origin.digest(d) for d in (*first, *second)}

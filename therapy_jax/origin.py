@@ -18,7 +18,6 @@ from therapy_jax import processes
 from therapy_jax.config import Config, ConfigError, PromptConfig
 from therapy_jax.dialogue import Dialogue
 from therapy_jax.files import as_path, write_json
-from therapy_jax.locate import find
 
 NAME = "origin.json"
 
@@ -28,11 +27,11 @@ def digest(dialogue: Dialogue) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def note(model: Path, config: Config, learnt: Iterable[Dialogue], before: str | Path | None = None) -> None:
+def note(model: Path, config: Config, learnt: Iterable[Dialogue], before: Path | None = None) -> None:
     """model/origin.json: seed, prompt, the clients' emotions in `learnt`, and which conversations it has learnt from, those of the
-    model `before` (as model.name names it) among them. Before the weights are written."""
-    known = read(find(before).folder) if before is not None else None
+    model in the folder `before` among them. Before the weights are written."""
     if processes.is_writer():
+        known = read(before) if before is not None else None
         as_path(model).mkdir(parents=True, exist_ok=True)
         inherited = known["conversations"] if known else []
         learnt = list(learnt)
