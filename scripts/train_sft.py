@@ -69,15 +69,16 @@ def main(config: Config) -> None:
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in examples.items())
     console.print(f"sft: {sizes} exchanges; {dropped:,} context turns left out to fit prompt.max_tokens")
 
+    held_out = examples["validation"]
+    if not examples["train"] or not held_out:
+        missing = "train" if not examples["train"] else "validation"
+        raise ConfigError(f"sft: the {missing} split has no exchange ({sizes}); see data.splits, or give more data")
+
     if config.sft.row_tokens is None:
         batch_of, per_epoch = one_exchange_a_row(config, examples["train"])
     else:
         batch_of, per_epoch = whole_conversations(config, config.sft.row_tokens, conversations["train"])
 
-    held_out = examples["validation"]
-    if not examples["train"] or not held_out:
-        missing = "train" if not examples["train"] else "validation"
-        raise ConfigError(f"sft: the {missing} split has no exchange ({sizes}); see data.splits, or give more data")
     order = np.argsort([len(e.prompt) + len(e.reply) for e in held_out], kind="stable")
     chunks = [
         [held_out[i] for i in order[k : k + config.sft.batch_size]] for k in range(0, len(order), config.sft.batch_size)

@@ -2,7 +2,8 @@
 learnt by heart, and no prompt is one that the model has never seen.
 
 Conversations are noted by a hash of id and words (16 hex digits, nothing of what was said): another seed, another file of
-splits or another copy of the data is found out, whatever the settings say.
+splits or another copy of the data is found out. The words are those after cleaning, so that one that another `data.clean` has
+left otherwise passes for another; on MESC that hides a tenth of them, and the others tell.
 """
 
 from __future__ import annotations
