@@ -359,7 +359,8 @@ class PPOConfig:
     max_bad_updates: int = 5
     """Updates in a row whose loss or gradients are not finite (each is skipped) after which the run ends, its state saved."""
     keep_best: str = "reward"
-    """Validation metric by which the policy that is kept is chosen, such as `rougeL` or `meteor`; `-perplexity`: the lowest."""
+    """Validation metric by which the policy that is kept is chosen, such as `rougeL` or `meteor`; `-perplexity`: the lowest (on the
+    command line `--ppo.keep_best=-perplexity`)."""
 
     def __post_init__(self):
         require(
