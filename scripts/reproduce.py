@@ -32,7 +32,7 @@ import train_ppo
 import train_sft
 
 from therapy_jax import config as config_module
-from therapy_jax import files, grid, grid_results, locate, origin, report, sharding, weights
+from therapy_jax import files, grid, grid_results, report, sharding
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.dialogue import Report, read_dialogues
 from therapy_jax.run import console, escape
@@ -85,11 +85,7 @@ def pretrain(config: Config) -> None:
     """The model that all cells start from."""
     folder = run.start(config, "pretrain")
     dialogues = run.read_data(config.data, config.seed)
-    corpora = train_sft.read_corpora(config)
-    made = train_sft.make_base(config, folder, dialogues, corpora, sharding.make_mesh(config.mesh))
-    started_from = None if config.model.name is None else locate.find(config.model.name).folder
-    origin.note(folder / "base" / "model", config, [d for c in corpora for d in c["train"]], started_from)
-    weights.save_pretrained(folder / "base" / "model", *made)
+    train_sft.save_base(config, folder, dialogues, sharding.make_mesh(config.mesh))
 
 
 def lend(source: Path, target: Path) -> None:

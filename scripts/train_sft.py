@@ -56,11 +56,7 @@ def main(config: Config) -> None:
     sharding.check_divides(config.sft.batch_size // config.sft.accumulate, mesh, "sft.batch_size / sft.accumulate")
     dialogues = run.read_data(config.data, config.seed)
 
-    corpora = read_corpora(config)
-    gpt2_config, params, tokenizer = make_base(config, folder, dialogues, corpora, mesh)
-    started_from = None if config.model.name is None else locate.find(config.model.name).folder
-    origin.note(folder / "base" / "model", config, [d for c in corpora for d in c["train"]], started_from)
-    weights.save_pretrained(folder / "base" / "model", gpt2_config, params, tokenizer)
+    gpt2_config, params, tokenizer = save_base(config, folder, dialogues, mesh)
 
     encode = functools.partial(prompts.encode, tokenizer, config=config.prompt, longest=gpt2_config.n_positions)
     conversations = {split: [[encode(e) for e in exchanges(d)] for d in part] for split, part in dialogues.items()}
@@ -134,9 +130,16 @@ def whole_conversations(
     return batch_of, per_epoch
 
 
-def read_corpora(config: Config) -> list[dict[str, list[Dialogue]]]:
-    """What is pre-trained on, where anything is."""
-    return [run.read_data(data, config.seed) for data in config.pretrain.data] if config.pretrain else []
+def save_base(
+    config: Config, folder: Path, dialogues: dict[str, list[Dialogue]], mesh: Mesh
+) -> tuple[gpt2.GPT2Config, Any, Any]:
+    """`make_base` on the corpora of config.pretrain -> folder/base/model, with a note of what it has learnt from."""
+    corpora = [run.read_data(data, config.seed) for data in config.pretrain.data] if config.pretrain else []
+    made = make_base(config, folder, dialogues, corpora, mesh)
+    started_from = None if config.model.name is None else locate.find(config.model.name).folder
+    origin.note(folder / "base" / "model", config, [d for c in corpora for d in c["train"]], started_from)
+    weights.save_pretrained(folder / "base" / "model", *made)
+    return made
 
 
 def make_base(

@@ -60,8 +60,7 @@ def prompt_of(found: dict[str, Any]) -> PromptConfig:
 
 def check(model: Path, config: Config, held_out: Iterable[Dialogue], split: str) -> None:
     """Raises ConfigError where the model was trained with other prompts, or has learnt from conversations of this split."""
-    found = read(model)
-    if found is None:
+    if (found := read(model)) is None:
         return
     now = dataclasses.asdict(config.prompt)
     if differing := [f"prompt.{k} was {v}, now {now.get(k)}" for k, v in found["prompt"].items() if v != now.get(k)]:

@@ -70,8 +70,9 @@ def main(script: Callable[..., None], description: str | None, options: type | N
         before = written.read_text(encoding="utf-8") if written.is_file() else None
         script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
-        if before is not None and processes.is_writer():
-            write_text(written, before)  # refused: what lies there is still of the settings before
+        with contextlib.suppress(OSError):  # a full disk is what the message is about
+            if processes.is_writer() and before is not None and written.read_text(encoding="utf-8") != before:
+                write_text(written, before)  # refused: what lies there is still of the settings before
         fail(str(error))
     except OSError as error:
         if error.errno not in UNWRITABLE:
