@@ -271,8 +271,15 @@ def test_every_script_refuses_the_wrong_platform(script, tmp_path):
     assert not (tmp_path / "run").exists()  # nothing was written over what an earlier run left
 
 
-def test_a_platform_that_cannot_start_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_platform_that_cannot_start_is_one_sentence(is_there, tmp_path):
+    """In a new run folder, and in one whose settings must stay."""
+    settings = tmp_path / "run" / "config.yaml"
+    if is_there:
+        settings.parent.mkdir()
+        settings.write_text("seed: 3\n")
     args = ["scripts/train_sft.py", "--config", "configs/quickstart.yaml", "--run_dir", str(tmp_path / "run")]
     done = run(*args, JAX_PLATFORMS="tpu")
     assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not is_there or settings.read_text() == "seed: 3\n"
     assert "JAX finds no device (Unable to initialize backend 'tpu'" in " ".join(done.stdout.split())

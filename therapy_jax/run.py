@@ -71,7 +71,8 @@ def main(script: Callable[..., None], description: str | None, options: type | N
         script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
         with contextlib.suppress(OSError):  # a full disk is what the message is about
-            if processes.is_writer() and before is not None and written.read_text(encoding="utf-8") != before:
+            # who writes is asked last: where JAX finds no device, no process can say
+            if before is not None and written.read_text(encoding="utf-8") != before and processes.is_writer():
                 write_text(written, before)  # refused: what lies there is still of the settings before
         fail(str(error))
     except OSError as error:
