@@ -33,11 +33,12 @@ def sampler(**knobs):
     return jax.jit(functools.partial(sampling.generate, model=gpt2.GPT2(CONFIG), cfg=SamplingConfig(**knobs)))
 
 
-def test_greedy_is_torchs(tmp_path):
+@pytest.mark.parametrize("width", [32, 512])  # a wide model decodes with its kernels turned over
+def test_greedy_is_torchs(width, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.set_num_threads(1)  # tiny matrices: a second thread only waits, for minutes where cores are busy
     torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    sizes = {"vocab_size": 300, "n_positions": 80, "n_embd": width, "n_layer": 2, "n_head": 4}
     oracle = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=299)).eval()
     with torch.no_grad():
         for p in oracle.parameters():
@@ -286,6 +287,25 @@ def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
     if top_p < 1:
         theirs = transformers.TopPLogitsWarper(top_p)(None, theirs)
     np.testing.assert_array_equal(kept[:, :200], np.isfinite(theirs.numpy())[:, :200])
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (0, 0.9), (1, 1.0), (2, 1.0), (15, 1.0), (15, 0.7), (19, 1.0), (999, 0.9)]
+)
+def test_a_sample_is_of_what_top_k_and_top_p_keep(top_k, top_p):
+    """20 blocks, of which top-k looks into some or all: each kept token has its share of an even grid of uniforms, and in the order of
+    the vocabulary, as if all of it had been looked into."""
+    logits = np.random.default_rng(3).normal(0, 2, 1280).astype(np.float32)
+    kept = sorted(by_loop(logits, top_k, top_p))
+    p = np.exp(logits[kept].astype(np.float64) - logits.max())
+    n = 4000
+    uniform = jnp.asarray((np.arange(n) + 0.5) / n, jnp.float32)
+    sample = jax.jit(functools.partial(sampling.sample, top_k=top_k, top_p=top_p))
+    tokens = np.asarray(sample(jnp.broadcast_to(jnp.asarray(logits), (n, 1280)), uniform))
+    assert (np.diff(tokens) >= 0).all()
+    counts = np.bincount(tokens, minlength=1280)
+    assert counts[kept].sum() == n
+    assert np.abs(counts[kept] - n * p / p.sum()).max() <= 2.5
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 11, 200, 1280])

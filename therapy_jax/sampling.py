@@ -20,7 +20,7 @@ from therapy_jax import gpt2
 from therapy_jax.batching import Prompt
 from therapy_jax.config import SamplingConfig
 from therapy_jax.gpt2 import Array, Params, hidden
-from therapy_jax.head import Spec, head_loss, pick, temper
+from therapy_jax.head import Spec, head_loss, pick, temper, total
 from therapy_jax.sharding import constrain, gathered
 
 BLOCK = 64  # of the vocabulary, whose padded size is a multiple of 128
@@ -75,12 +75,20 @@ def blocks(logits: Array) -> Array:
     return logits.reshape(logits.shape[0], -1, BLOCK)
 
 
-def kth_largest(logits: Array, k: int) -> Array:
-    """f32[B,V] -> f32[B,1]. The k largest lie in the k blocks with the largest maxima, so only those are searched."""
+def likely_blocks(logits: Array, k: int) -> tuple[Array, Array]:
+    """The k blocks with the largest maxima, in which the k largest lie: f32[B,V] -> (f32[B,K*64], which blocks i32[B,K], in their
+    order), K = k or as many blocks as there are."""
     maxima = blocks(logits).max(-1)
-    _, index = jax.lax.top_k(maxima, min(k, maxima.shape[1]))
-    inside = jnp.take_along_axis(blocks(logits), index[..., None], 1).reshape(logits.shape[0], -1)
-    return cutoff(inside, lambda kept: kept.sum(-1, keepdims=True) >= k)
+    batch, count = maxima.shape
+    if k >= count:
+        return logits, jnp.broadcast_to(jnp.arange(count), maxima.shape)
+    which = jnp.sort(jax.lax.top_k(maxima, k)[1], -1)
+    return jnp.take_along_axis(blocks(logits), which[..., None], 1).reshape(batch, -1), which
+
+
+def kth_largest(logits: Array, k: int) -> Array:
+    """f32[B,V] -> f32[B,1]."""
+    return cutoff(likely_blocks(logits, k)[0], lambda kept: kept.sum(-1, keepdims=True, dtype=jnp.float32) >= k)
 
 
 def likeliest(logits: Array) -> Array:
@@ -93,7 +101,7 @@ def likeliest(logits: Array) -> Array:
 def masses(logits: Array) -> tuple[Array, Array]:
     """-> exp(logits - highest) summed over each block f32[B,V/64], and highest f32[B,1]."""
     highest = blocks(logits).max(-1).max(-1, keepdims=True)
-    return jnp.exp(blocks(logits) - highest[..., None]).sum(-1), highest
+    return total(jnp.exp(blocks(logits) - highest[..., None])), highest
 
 
 def log_normaliser(logits: Array) -> Array:
@@ -122,6 +130,19 @@ def draw(logits: Array, uniform: Array) -> Array:
     inside = jnp.take_along_axis(blocks(logits), block[:, None, None], 1)[:, 0]
     token, _ = first_above(jnp.exp(inside - highest), rest)
     return (block * BLOCK + token).astype(jnp.int32)
+
+
+def sample(logits: Array, uniform: Array, top_k: int, top_p: float) -> Array:
+    """A token of those that top-k and top-p keep: f32[B,V], uniform f32[B] in [0,1) -> i32[B].
+
+    With top-k only the k likeliest blocks are looked into (were more than k to hold logits equal to the last one kept, the others
+    would be left out); they stay in their order, so a uniform draws what it would draw from the whole vocabulary."""
+    if not top_k:
+        return draw(keep_likely(logits, 0, top_p), uniform)
+    inside, which = likely_blocks(logits, top_k)
+    place = draw(keep_likely(inside, top_k, top_p), uniform)
+    block = jnp.take_along_axis(which, place[:, None] // BLOCK, 1)[:, 0]
+    return block * BLOCK + place % BLOCK
 
 
 def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt2.GPT2) -> tuple[Array, gpt2.KVCache]:
@@ -179,7 +200,7 @@ def advance(
         token = likeliest(logits)
     else:
         uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
-        token = draw(keep_likely(logits, cfg.top_k, cfg.top_p), uniform)
+        token = sample(logits, uniform, cfg.top_k, cfg.top_p)
     token = jnp.where(alive, token, 0)
     logprob = jnp.where(alive, pick(logits, token) - log_normaliser(logits), 0.0)
     reply = Reply(*(x.at[:, step].set(new) for x, new in zip(reply, (token, alive, logprob), strict=True)))
