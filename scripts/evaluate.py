@@ -143,7 +143,7 @@ def main(config: Config) -> None:
     if processes.is_writer():
         files.write_json(folder / "results.json", results)
         files.write_json(folder / "answers.json", answers)
-    logs.note_environment(folder, "evaluate", time.monotonic() - began)
+    logs.note_environment(folder, "evaluate", time.monotonic() - began, went_on=False)
     console.print(results_table.screen(results))
     for name, differences in results["comparisons"].items():
         shown = ", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in differences.items())

@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     known = json.loads((where / "report.json").read_text(encoding="utf-8"))
     if processes.is_writer():
         files.write_json(where / "report.json", {**known, "test": tested})
-    logs.note_environment(folder, "classifiers", seconds)
+    logs.note_environment(folder, "classifiers", seconds, went_on=False)
     console.print(table(tested))
     console.print(f"written: {run.escape(str(where))}")
 

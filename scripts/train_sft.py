@@ -55,6 +55,7 @@ def main(config: Config) -> None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divides(config.sft.batch_size // config.sft.accumulate, mesh, "sft.batch_size / sft.accumulate")
     dialogues = run.read_data(config.data, config.seed)
+    sizes = check_exchanges(config, dialogues)
 
     gpt2_config, params, tokenizer = save_base(config, folder, dialogues, mesh)
 
@@ -62,14 +63,9 @@ def main(config: Config) -> None:
     conversations = {split: [[encode(e) for e in exchanges(d)] for d in part] for split, part in dialogues.items()}
     examples = {split: list(itertools.chain(*part)) for split, part in conversations.items()}
     dropped = sum(e.dropped_turns for part in examples.values() for e in part)
-    sizes = ", ".join(f"{len(part):,} {split}" for split, part in examples.items())
     console.print(f"sft: {sizes} exchanges; {dropped:,} context turns left out to fit prompt.max_tokens")
 
     held_out = examples["validation"]
-    if not examples["train"] or not held_out:
-        missing = "train" if not examples["train"] else "validation"
-        raise ConfigError(f"sft: the {missing} split has no exchange ({sizes}); see data.splits, or give more data")
-
     if config.sft.row_tokens is None:
         batch_of, per_epoch = one_exchange_a_row(config, examples["train"])
     else:
@@ -91,6 +87,18 @@ def main(config: Config) -> None:
     origin.note(folder / "sft" / "model", config, dialogues["train"], folder / "base" / "model")
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {run.escape(str(folder / 'sft' / 'model'))}")
+
+
+def check_exchanges(config: Config, dialogues: dict[str, list[Dialogue]]) -> str:
+    """-> how many each split has. Raises ConfigError or DataError for what SFT cannot use, before a pre-training that may take hours."""
+    found = {split: [e for d in part for e in exchanges(d)] for split, part in dialogues.items()}
+    sizes = ", ".join(f"{len(part):,} {split}" for split, part in found.items())
+    for split in ("train", "validation"):
+        if not found[split]:
+            raise ConfigError(f"sft: the {split} split has no exchange ({sizes}); see data.splits, or give more data")
+    for e in itertools.chain(*found.values()):
+        prompts.check_emotion(e, config.prompt)
+    return sizes
 
 
 def one_exchange_a_row(config: Config, examples: list[Example]) -> tuple[Callable[[int, np.ndarray], Batch], int]:

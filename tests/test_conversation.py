@@ -75,6 +75,14 @@ def test_the_gate_stands_before_the_models():
         list(say((), HARMLESS, [broken], None, CONFIG))
 
 
+@pytest.mark.parametrize("text", ["suic<b>ide", "I will hang mys<i>elf"])
+def test_the_gate_reads_what_models_would_read(text):
+    """Cleaning takes markup away, and joins what it parted."""
+    broken = Speaker("ppo", None, None, None)  # pyright: ignore[reportArgumentType]
+    ((message,),) = say((), text, [broken], None, CONFIG)
+    assert message.crisis == "suicide" and message.answers == ()
+
+
 def test_what_the_gate_answered_no_model_reads_later(speakers):
     *_, said = say((), HARMLESS, speakers, None, CONFIG)
     *_, said = say(said, CRISIS, speakers, None, CONFIG)
@@ -151,6 +159,15 @@ def test_a_terminal_is_told_nothing_by_a_model(writes, speakers):
     writes("Red \x1b[31malert\x07\u202e.")
     *_, said = say((), HARMLESS, speakers[:1], None, CONFIG)
     assert said[0].answers[0].text == "Red [31malert."
+
+
+def test_what_is_checked_is_what_is_shown(writes, speakers):
+    writes("I\u00a0hear\tyou.")
+    *_, said = say((), HARMLESS, speakers[:1], None, CONFIG)
+    assert said[0].answers[0].text == "I hear you."
+    writes("Take 40\x07 mg of diaze\x07pam tonight.")  # the check alone would read two words
+    *_, said = say((), HARMLESS, speakers[:1], None, CONFIG)
+    assert said[0].answers[0].text == safety.WITHHELD
 
 
 def test_a_message_too_long_says_so_before_a_model_is_asked(speakers):

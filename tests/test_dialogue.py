@@ -237,6 +237,12 @@ def test_clean_line_leaves_what_was_said(line):
     assert not counts
 
 
+def test_clean_line_ends_on_long_words():
+    """A pattern that may cut a word in many places tries all of them, for years."""
+    line = "(" + "a" * 5000 + " b c d e f"
+    assert d.clean_line(line) == line
+
+
 @given(st.text(alphabet="aiI b()[]<>/|:.,♪，。s\n\\{}"))
 def test_clean_line_is_settled_about_blanks(line):
     tidy = d.clean_line(line)
@@ -244,9 +250,9 @@ def test_clean_line_is_settled_about_blanks(line):
     assert not set(tidy) & set("♪，。\n")
 
 
-def gesture_rows(dialogue):
+def gesture_rows(dialogue, kept="I kept it."):
     return [
-        client("I kept it.", "joy", dialogue, 0),
+        client(kept, "joy", dialogue, 0),
         therapist("(Nods)", "neutral", "Approval", dialogue, 1),
         client("All of it.", "fear", dialogue, 2),
         client("(Sighs)", "sadness", dialogue, 3),
@@ -256,7 +262,7 @@ def gesture_rows(dialogue):
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_cleaning_costs_no_exchange_outside_train(tmp_path, split):
-    path = mesc(tmp_path, [*gesture_rows(0), *gesture_rows(1), *gesture_rows(2)])
+    path = mesc(tmp_path, [*gesture_rows(0, "I sold it."), *gesture_rows(1), *gesture_rows(2)])
     splits = splits_file(tmp_path, **{split: [1, 2]})
     report = d.Report()
     by_split = d.read(path, splits=splits, report=report)
@@ -267,7 +273,7 @@ def test_cleaning_costs_no_exchange_outside_train(tmp_path, split):
     # In train the emptied therapist turn goes, and the client's turns around it become one. Elsewhere it stays.
     # The label of the last utterance holds in both, even where that utterance has no words.
     assert said(split) == [("I kept it.", "joy", "(Nods)"), ("All of it.", "sadness", "Why?")] * 2
-    assert said("train") == [("I kept it. All of it.", "sadness", "Why?")]
+    assert said("train") == [("I sold it. All of it.", "sadness", "Why?")]
     assert report.counts == {
         "stage direction removed": 6,
         "emptied utterance dropped": 4,
@@ -298,6 +304,31 @@ def test_duplicates_leave_train_and_nothing_else(tmp_path):
     }
     assert report.counts == {"duplicate conversation dropped": 4}
     assert len(d.read_dialogues(path, "jsonl", splits, clean=False)["train"]) == 5
+
+
+def test_a_conversation_in_test_is_found_in_train_whatever_cleaning_leaves_of_it(tmp_path):
+    """Train drops the turn that is emptied, test keeps it: the same conversation still."""
+    path = mesc(tmp_path, [*gesture_rows(0), *gesture_rows(1), *gesture_rows(2, "I sold it.")])
+    report = d.Report()
+    by_split = d.read(path, splits=splits_file(tmp_path, test=[1]), report=report)
+    assert [x.conversation_id for x in by_split["train"]] == ["2"]
+    assert report.counts["duplicate conversation dropped"] == 1
+
+
+def test_one_id_in_two_files_is_not_one_conversation(tmp_path):
+    rows = [["1", "utterance", "speaker", "Hello."], ["1", "utterance", "listener", "Hi."]]
+    folder = empathetic(tmp_path, rows)
+    empathetic(tmp_path, rows, "sad")
+    with pytest.raises(d.DataError, match=r"sad.csv, line 2.*Dialog_ID.*stands in proud.csv too"):
+        d.read_dialogues(folder, "empathetic")
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jsonl(tmp_path, *(talk(i, i) for i in "abc"))
+    splits_file(tmp_path, test=["c"])
+    by_split = d.read_dialogues("~/talks.jsonl", "jsonl", "~/splits.json")
+    assert [len(by_split[split]) for split in d.SPLITS] == [2, 0, 1]
 
 
 def test_report_lines_start_with_the_commonest_change():

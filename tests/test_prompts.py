@@ -86,6 +86,21 @@ def test_too_long_is_an_error():
         prompts.encode(BPE, EXCHANGE, config, size - 1)
 
 
+def test_a_long_reply_takes_the_place_of_context():
+    """Of what max_tokens would allow, the oldest turns go until the reply fits into the model, too."""
+    config = PromptConfig(max_tokens=64)
+    whole = prompts.encode(BPE, EXCHANGE, config, 99)
+    assert whole.dropped_turns == 0
+    bare = prompts.encode(BPE, EXCHANGE, PromptConfig(max_tokens=1), 99)
+    most, least = (len(e.prompt) + len(e.reply) for e in (whole, bare))
+    assert most - least > 5
+    for longest in range(most - 1, least - 1, -1):
+        found = prompts.encode(BPE, EXCHANGE, config, longest)
+        assert found.dropped_turns > 0 and found.reply == whole.reply
+        assert len(found.prompt) + len(found.reply) <= longest
+        assert whole.prompt[-len(found.prompt) :] == found.prompt
+
+
 words = st.lists(st.sampled_from(["I", "asked", "him", "late", "Ω"]), min_size=1, max_size=6).map(" ".join)
 turns = st.lists(st.builds(Turn, st.sampled_from(["client", "therapist"]), words), max_size=6)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -109,6 +110,9 @@ def test_the_judge_of_language_is_the_first_sft_cell_from_another_seed():
         ({"a": {"model.dropout": 0.1}}, {}, None),
         ({"a": {}}, {"a": {}}, "a names an SFT cell and a PPO cell"),
         ({"../a": {}}, {}, "'../a' cannot name a folder"),
+        ({1: {}}, {}, "1 cannot name a folder"),
+        ({"a": {"sft.max_grad_norm": math.inf}}, {}, None),  # no clipping
+        ({"a": {"sft.epochs": math.inf}}, {}, "^grid.sft.a: sft.epochs"),
     ],
 )
 def test_a_mistake_in_a_cell_is_found_at_once_and_named(sft, ppo, message, capsys):

@@ -1,5 +1,6 @@
 """What every script shares: log lines, also as TensorBoard events."""
 
+import json
 import struct
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def test_an_unexpected_fault_says_where_its_traceback_is(tmp_path):
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert "nobody thought of this" in (tmp_path / "error.log").read_text(encoding="utf-8")
     assert str(tmp_path / "error.log") in done.stdout
+
+
+def test_what_begins_anew_does_not_add_up_its_time(tmp_path):
+    for seconds in (10.0, 5.0):
+        logs.note_environment(tmp_path, "ppo", seconds)
+        logs.note_environment(tmp_path, "evaluate", seconds, went_on=False)
+    noted = json.loads((tmp_path / "environment.json").read_text())
+    assert (noted["ppo"]["seconds"], noted["evaluate"]["seconds"]) == (15.0, 5.0)
 
 
 def test_a_line_separator_in_a_reply_splits_no_log_line(tmp_path):

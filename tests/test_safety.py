@@ -180,6 +180,19 @@ def test_the_conversation_so_far_counts():
     assert safety.crisis("my own life", ["I am going to take"]) is not None
 
 
+def test_what_was_overruled_alone_is_not_read_again_with_the_turn_before():
+    """A rule fires, and the classifier is nearly sure that it should not have: so it stays behind another turn, and before one."""
+    overruled = [
+        case["text"]
+        for case in DEV
+        if safety.crisis(case["text"]) is None and safety._first(crisis_rules.normalise(case["text"]))
+    ]
+    assert len(overruled) > 5
+    for text in overruled:
+        assert safety.crisis(text, ["Hello."]) is None, text
+        assert safety.crisis("The train was late.", [text]) is None, text
+
+
 @pytest.mark.parametrize("kind", crisis_rules.KINDS)
 def test_answers_name_where_help_is(kind):
     default = safety.answer(kind, SafetyConfig())

@@ -93,6 +93,8 @@ def test_every_config_loads_and_round_trips(path, tmp_path):
         (["--mesh.data", "0"], "mesh.data"),
         (["--judge.systems", "[]"], "judge.systems"),
         (["--pretrain", '{"block_tokens": 0}'], "block_tokens"),
+        (["--sft.epochs", ".inf"], "sft.epochs"),
+        (["--sft", "null"], "sft"),
     ],
 )
 def test_a_mistake_is_named_and_exits_with_2(args, named, capsys):
@@ -104,14 +106,47 @@ def test_a_mistake_is_named_and_exits_with_2(args, named, capsys):
     assert len(message.splitlines()) <= 6, message
 
 
-@pytest.mark.parametrize("text", ["rewards: {weights: {rouge_x: 1.0}}", "sft: {learning_rat: 1.0}", "ppo: {clip: big}"])
+BROKEN = [  # the word after the last brace is what the message must name
+    "sft:\n# {sft:",  # all that stood in it is a comment now
+    "ppo: [1, 2]  # {ppo:",
+    "ppo:\n  clip: 0.2\nppo:\n  epochs: 1  # {ppo stands there twice:",
+    "sft:\n  epochs: 1\n  epochs: 2  # {epochs stands there twice:",
+    "run_dir: [unclosed  # {broken.yaml:",
+    "sft:\n\tepochs: 1  # {broken.yaml:",
+    "seed: 1\nrun_dir: caf\udce9  # {the file of --config is not UTF-8 text:",  # Latin-1
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["rewards: {weights: {rouge_x: 1.0}}", "sft: {learning_rat: 1.0}", "ppo: {clip: big}", *BROKEN]
+)
 def test_a_mistake_in_the_file_is_named(text, tmp_path, capsys):
     path = tmp_path / "broken.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(SystemExit) as stop:
         config.parse(["--config", str(path)])
     assert stop.value.code == 2
     assert text.split("{")[-1].split(":")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", [["--seed", "3", "--config", "FILE"], ["--config=FILE", "--seed=3"], ["--config", "FILE", "--seed", "3"]]
+)
+def test_a_flag_outranks_the_file_wherever_it_stands(args, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 1\nrun_dir: runs/a\n")
+    parsed = config.parse([word.replace("FILE", str(path)) for word in args])
+    assert (parsed.seed, parsed.run_dir) == (3, "runs/a")
+
+
+@pytest.mark.parametrize("word", ["08001111", "1e-4", "on", "[sighs] call", "my line: 112", "*112", "2026-01-01"])
+def test_text_stays_text(word, tmp_path):
+    """On the command line, and read back from the file that a run writes."""
+    parsed = config.parse([f"--safety.crisis_line={word}"])
+    assert parsed.safety.crisis_line == word
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(parsed), encoding="utf-8")
+    assert config.load(path) == parsed
 
 
 def test_help_needs_no_jax():
@@ -134,6 +169,7 @@ def test_help_needs_no_jax():
         ("train_sft", {"pretrain.batch_size": 4096}, "pretrain: the train split has"),
         ("train_sft", {"pretrain.block_tokens": 512}, "more than the model's 256 positions"),
         ("train_sft", {"pretrain": "null", "data.path": "{few}"}, "sft: the validation split has no exchange"),
+        ("train_sft", {"data.path": "{few}"}, "sft: the validation split has no exchange"),  # before the pre-training
     ],
 )
 def test_a_mistake_that_shows_later_is_one_sentence_too(script, changes, named, tmp_path):

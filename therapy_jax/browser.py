@@ -169,14 +169,17 @@ def prepare(config: Config) -> Play:
 
 
 def details(play: Play, said: Conversation) -> tuple[Details | None, ...]:
-    """Of the answers to the last message. A withheld one has none: its tokens are not shown."""
+    """Of the answers to the last message. A withheld one has none: its tokens are not shown, nor those of an answer that was shown
+    in part and holds elsewhere what may not be shown."""
     message, scorer = said[-1], play.scorer
     if scorer is None or not message.answers:
         return ()
     sft = next(speaker for speaker in play.speakers if speaker.name == "sft")
     measured = readout.measure(scorer, conversation.context(said[:-1]), message.client, message.answers)
     return tuple(
-        None if answer.withheld else Details(measures, readout.loupe(speaker, sft, answer))
+        None
+        if answer.withheld or safety.check_reply(speaker.tokenizer.decode(answer.ids, skip_special_tokens=True))
+        else Details(measures, readout.loupe(speaker, sft, answer))
         for answer, measures, speaker in zip(message.answers, measured, play.speakers, strict=True)
     )
 
@@ -284,7 +287,7 @@ def build(gradio: Any, play: Play) -> Any:
 
         def on_send(state, text):
             for new in send(play, state, text):
-                yield *new, ""
+                yield *new, text if new[0] is state else ""  # refused: it can be shortened and sent again
 
         def on_emotion(state, felt):
             yield from correct(play, state, felt)

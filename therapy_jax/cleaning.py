@@ -21,7 +21,7 @@ _RULES = (
     ("runs of blanks joined", r"\s\s+|[^\S ]", " "),
     ("markup removed", r"</?(?i:i|b|u|em|strong|font|span|p|br)(?:\s+\w+=[^<>]*)?\s*/?>|\{\\[^{}]*\}", ""),
     ("music notes removed", "[♩♪♫♬]+", ""),
-    ("stage direction removed", rf"^[(\[](?: ?[\w']+){{1,4}} ?[)\]]$|(?: ?[(\[]|^)(?i: ?{_STAGE}) ?[)\]]", ""),
+    ("stage direction removed", rf"^[(\[] ?[\w']+(?: [\w']+){{0,3}} ?[)\]]$|(?: ?[(\[]|^)(?i: ?{_STAGE}) ?[)\]]", ""),
     ("leading colon removed", r"^ ?: +(?=\w)", ""),
     ("full-width punctuation replaced", r"，\s*", ", "),
     ("full-width punctuation replaced", r"。\s*", ". "),

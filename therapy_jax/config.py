@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
+import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +162,7 @@ class TrainingConfig:
             "max_bad_updates",
         ):
             require(getattr(self, name) > 0, f"{where}{name} must be above 0, not {getattr(self, name)}")
+        require(math.isfinite(self.epochs), f"{where}epochs must be a number of passes, not {self.epochs}")
         require(self.warmup_steps >= 0, f"{where}warmup_steps must be 0 or above, not {self.warmup_steps}")
 
 
@@ -600,20 +604,29 @@ class Config:
         )
 
 
+NUMBER = r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)?|\.inf|\.nan)$"
+
+
 def load_yaml(text: str) -> Any:
     """YAML as version 1.2 reads it: `on` is a word and not `true`, and `1e-4` is a number (PyYAML's 1.1 has it otherwise)."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for key, _ in node.value[::-1]:  # PyYAML would keep the last of them, and say nothing
+                if keys.count(key.value) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} stands there twice", key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":bool", ":float", ":timestamp"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    number = r"^[-+]?(\.\d+|\d+(\.\d*)?([eE][-+]?\d+)?|\.inf|\.nan)$"
     Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(NUMBER), list("-+.0123456789"))
     return yaml.load(text, Loader)
 
 
@@ -627,8 +640,9 @@ def parse_with(
 ) -> tuple[Config, Any]:
     """The same for a script with flags of its own, the fields of the dataclass `options` -> (Config, options)."""
     import jsonargparse  # here, so that reading a Config from Python code does not need it
+    import yaml
 
-    jsonargparse.set_loader("yaml", load_yaml)
+    jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError,))
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # allow_abbrev: else `--sft.learning_rat 1` would quietly be taken for learning_rate.
     usage = "%(prog)s [--config FILE.yaml] [--section.name VALUE ...]"  # all names would fill the screen at each error
@@ -642,16 +656,33 @@ def parse_with(
     kinds = (Config,) if options is None else (Config, options)
     for kind in kinds:
         parser.add_class_arguments(kind, None)
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(files_first(sys.argv[1:] if argv is None else argv))
+        for name, section in typing.get_type_hints(Config).items():
+            if dataclasses.is_dataclass(section) and not isinstance(arguments[name], jsonargparse.Namespace):
+                raise ConfigError(
+                    f"{name} is a section: give settings of it, or leave it out (it is {arguments[name]!r})"
+                )
         values = vars(parser.instantiate(arguments))
         config, *own = (kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds)
         return config, own[0] if own else None
+    except UnicodeDecodeError as error:
+        parser.error(f"the file of --config is not UTF-8 text ({error})")
     except (
         ValueError
     ) as error:  # ConfigError; of a section that may be null jsonargparse lists what each of its types says
         said = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
         parser.error("; ".join(line for line in said if not line.startswith("Expected a")) or str(error))
+
+
+def files_first(argv: Sequence[str]) -> list[str]:
+    """`--config FILE` before the rest, each in its order, so that a flag outranks the file wherever it stands."""
+    files: list[str] = []
+    rest: list[str] = []
+    for i, word in enumerate(argv):
+        is_file = word == "--config" or word.startswith("--config=") or (i > 0 and argv[i - 1] == "--config")
+        (files if is_file else rest).append(word)
+    return files + rest
 
 
 def nearest(message: str, known: Sequence[str]) -> str:
@@ -665,9 +696,18 @@ def nearest(message: str, known: Sequence[str]) -> str:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back."""
+    return dump_yaml(dataclasses.asdict(config))
+
+
+def dump_yaml(tree: Any) -> str:
+    """Plain Python as YAML that `load_yaml` reads back: a word that only it takes for a number (`1e-4`) stands in quotes."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(NUMBER), list("-+.0123456789"))
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
 
 
 def load(path: str | Path) -> Config:

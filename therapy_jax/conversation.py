@@ -115,14 +115,17 @@ def say(
 
     Message n draws from fold_in(seed, n), for all models: answered again with another emotion, only that has changed.
     """
-    if crisis := safety.crisis(text, [message.client.text for message in conversation]):
+    # What models read is checked, too: without its markup, `suic<b>ide` is a word.
+    clean = (clean_line(text) if config.data.clean else "") or text.strip()
+    earlier = [message.client.text for message in conversation]
+    if crisis := safety.crisis(text, earlier) or safety.crisis(clean, earlier):
         yield (
             *conversation,
             Message(Turn("client", text), None, crisis.kind, safety.answer(crisis.kind, config.safety)),
         )
         return
     before = context(conversation)
-    client, certainty = Turn("client", (clean_line(text) if config.data.clean else "") or text.strip(), emotion), None
+    client, certainty = Turn("client", clean, emotion), None
     if emotion is None and reader is not None:
         found, certainty = read_emotion(reader, before, client, config.prompt.max_tokens)
         client = dataclasses.replace(client, emotion=found)
@@ -177,14 +180,14 @@ def reply(speaker: Speaker, before: Sequence[Turn], client: Turn, key: Any, conf
     for token in sampling.stream(params, batching.prompts([prompt], length), key, model=model, cfg=cfg):
         ids.append(token)
         parsed, last = prompts.parse_reply(tokenizer, ids), len(ids) == cfg.max_new_tokens
-        whole = parsed.text if parsed.ended or last else whole_sentences(parsed.text)
+        whole = printable(parsed.text if parsed.ended or last else whole_sentences(parsed.text))
         told = client.emotion if "emotion" in config.prompt.format else None
         known = (parsed.emotion, told or parsed.client_emotion, tuple(prompt), tuple(ids))
         if whole != text and (reason := safety.check_reply(whole)):
             yield Answer(name, safety.WITHHELD, *known, reason, ended=True)
             return
         text = whole
-        yield Answer(name, printable(text), *known, ended=parsed.ended)
+        yield Answer(name, text, *known, ended=parsed.ended)
 
 
 def whole_sentences(text: str) -> str:
@@ -194,7 +197,8 @@ def whole_sentences(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
+    """Without control characters, which a terminal would obey; a blank for any other white space."""
+    text = "".join(" " if c.isspace() and c != "\n" else c for c in text)
     return "".join(c for c in text if c.isprintable() or c in "\n\u200d")  # \u200d joins the parts of an emoji
 
 

@@ -131,7 +131,7 @@ def read_dialogues(
         raise ValueError(f"on_bad_row is {on_bad_row!r}; choose error or skip.")
     if path is None and format != "jsonl":
         raise DataError(f"path is missing: give that of the {format} data, or format='jsonl' for the built-in sample.")
-    path, report = SAMPLE if path is None else Path(path), Report() if report is None else report
+    path, report = SAMPLE if path is None else Path(path).expanduser(), Report() if report is None else report
 
     hint = ", or leave out such rows with on_bad_row='skip'"
 
@@ -157,7 +157,9 @@ def read_dialogues(
     for dialogue in sorted(raw, key=lambda d: split_by_id[d.conversation_id] == "train"):
         split = split_by_id[dialogue.conversation_id]
         turns = _clean_turns(dialogue.turns, split, report.counts) if clean and split else _join(dialogue.turns)
-        said = tuple((turn.speaker, turn.text) for turn in turns)
+        # As train would have it: elsewhere a turn that is emptied stays as it was, which is no other conversation.
+        words = _clean_turns(dialogue.turns, "train", Counter()) if clean else turns
+        said = tuple((turn.speaker, turn.text) for turn in words)
         if not split:
             report.counts["conversation in no split left out"] += 1
         elif not turns:
@@ -204,6 +206,7 @@ def _read_empathetic(path: Path, tolerant: Tolerant, counts: Counter[str]) -> li
         what = "holds no CSV file" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise DataError(f"{path} {what}: give the folder that holds one CSV file per emotion.")
     rows: defaultdict[str, list[Turn]] = defaultdict(list)
+    home: dict[str, Path] = {}
     for file in files:
         if file.stem not in EMPATHETIC_EMOTIONS:
             raise DataError(f"{file}: the file name is none of the 32 emotions; rename the file or take it out.")
@@ -213,6 +216,10 @@ def _read_empathetic(path: Path, tolerant: Tolerant, counts: Counter[str]) -> li
                     continue
                 actor = _label(where, "Actor", row["Actor"], ("speaker", "listener"), counts)
                 text, dialog = (_string(where, name, row[name]) for name in ("Text", "Dialog_ID"))
+                if home.setdefault(dialog, file) != file:
+                    raise _error(
+                        where, "Dialog_ID", f"{dialog[:40]!r} stands in {home[dialog].name} too", "make ids unique"
+                    )
                 # The emotion is that of the speaker, whose story it is; the listener's was never asked for.
                 rows[dialog].append(Turn("client", text, file.stem) if actor == "speaker" else Turn("therapist", text))
     return [Dialogue(dialog, tuple(turns)) for dialog, turns in rows.items()]
@@ -357,7 +364,7 @@ def _assign_splits(
         return {d.conversation_id: d.split or split_of(d.conversation_id, seed, *FRACTIONS[format]) for d in raw}
     if splits == "official" and format != "mesc":
         raise DataError(f"{path}: only MESC has official splits; leave splits out or give the path of a splits file.")
-    source = OFFICIAL if splits == "official" else Path(splits)
+    source = OFFICIAL if splits == "official" else Path(splits).expanduser()
     given = _check_keys(str(source), "", _json(str(source), _read_text(source)), SPLITS[1:], SPLITS[:1])
     known = {dialogue.conversation_id for dialogue in raw}
     split_by_id: dict[str, str] = {}

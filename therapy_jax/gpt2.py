@@ -100,7 +100,8 @@ def apart(config: GPT2Config, blocks: Params, cache: KVCache) -> tuple[tuple[Par
     Decoding reads all of it for each token, and writes into the cache in place: so it is laid out for that once. On a
     CPU wide kernels are turned over, to what `few_rows` takes: "turned" [out, in], where "kernel" was [in..., out...]."""
     dtype, mesh = jnp.dtype(config.compute_dtype), config.mesh
-    turn = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1) and config.n_embd >= WIDE
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    turn = platform == "cpu" and (mesh is None or mesh.size == 1) and config.n_embd >= WIDE
 
     def take(i):
         block = jax.tree_util.tree_map_with_path(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -64,7 +63,7 @@ def override(config: Config, overrides: Mapping[str, Any], name: str) -> Config:
             node = node[part]
         node[last] = value
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        json.dump(tree, file)  # every JSON text is YAML
+        file.write(config_module.dump_yaml(tree))
         file.flush()
         said = io.StringIO()
         try:
@@ -80,7 +79,7 @@ def expand(config: Config, seeds: int) -> list[Cell]:
     if first is None:
         raise ConfigError("grid.sft names no cell; give it at least one, such as `grid: {sft: {context_emotion: {}}}`")
     for name in (*config.grid.sft, *config.grid.ppo):
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigError(f"grid: {name!r} cannot name a folder; use letters, digits, '_', '-' and '.'")
     if twice := config.grid.sft.keys() & config.grid.ppo.keys():
         raise ConfigError(f"grid: {min(twice)} names an SFT cell and a PPO cell; rename one, they share a folder")

@@ -70,12 +70,20 @@ def _pick_backward(residual, g):
 pick.defvjp(_pick_forward, _pick_backward)
 
 
+def dot(weights: Array, values: Array) -> Array:
+    """Sum over the vocabulary of weights * values, f32[...,V] and f32[...,V] or f32[V] -> f32[...]. On a CPU as a dot product: in a
+    sum XLA would make the exponentials that the weights are anew, and there they take several times as long."""
+    return jax.lax.platform_dependent(
+        weights,
+        values,
+        cpu=lambda w, x: jnp.einsum("...v,...v->...", w, x, precision="highest"),
+        default=lambda w, x: (w * x).sum(-1),
+    )
+
+
 def total(weights: Array) -> Array:
-    """Sum over the vocabulary, f32[...,V] -> f32[...]. On a CPU as a product with ones: XLA would make an exponential anew
-    inside its sum, and there it takes several times as long."""
-    if jax.default_backend() != "cpu":
-        return weights.sum(-1)
-    return jnp.einsum("...v,v->...", weights, jnp.ones(weights.shape[-1]), precision="highest")
+    """Sum over the vocabulary, f32[...,V] -> f32[...]."""
+    return dot(weights, jnp.ones(weights.shape[-1]))
 
 
 def logprobs_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
@@ -86,9 +94,7 @@ def logprobs_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
     weights = jnp.exp(logits - highest)  # one pass for both sums: softmax is weights / z
     z = total(weights)
     log_z = highest[..., 0] + jnp.log(z)
-    # The mean logit as a dot product, and not as a sum of products: on a CPU that would take longer than all the rest.
-    mean = jnp.einsum("...v,...v->...", weights, logits, precision="highest") / z
-    return pick(logits, tokens) - log_z, log_z - mean
+    return pick(logits, tokens) - log_z, log_z - dot(weights, logits) / z
 
 
 def walk(

@@ -143,8 +143,9 @@ def plain(value: Any) -> Any:
     return float(f"{float(value):.6g}") if hasattr(value, "dtype") or isinstance(value, float) else value
 
 
-def note_environment(folder: Path, stage: str, seconds: float) -> None:
-    """Add to environment.json what a table in a README must name beside its figures."""
+def note_environment(folder: Path, stage: str, seconds: float, went_on: bool = True) -> None:
+    """Add to environment.json what a table in a README must name beside its figures. went_on: a stage that was stopped and went on
+    counts all its time; one that begins anew each time, its own alone."""
     import jax
 
     from therapy_jax import processes
@@ -153,7 +154,7 @@ def note_environment(folder: Path, stage: str, seconds: float) -> None:
         return
     path = folder / "environment.json"
     stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before = stages.get(stage, {}).get("seconds", 0.0)  # a stage that was stopped and went on counts all its time
+    before = stages.get(stage, {}).get("seconds", 0.0) if went_on else 0.0
     stages[stage] = {
         "commit": commit(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

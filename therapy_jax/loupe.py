@@ -229,5 +229,6 @@ def of_run(folder: Path, config: Config) -> dict[str, Any]:
         "batch": len(scores),
         "clip_fraction": float(metrics["clip_fraction"]),
         "weights": {name: bench.scorer.weights.get(name, 1.0) for name in raw},
+        "standardise": cfg.rewards.standardise,
         "replies": replies,
     }

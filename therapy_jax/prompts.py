@@ -16,6 +16,7 @@ Text can never forge a marker: it is encoded with special tokens switched off. M
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -161,21 +162,28 @@ def encode_reply(tokenizer: Any, therapist: Turn, client_emotion: str | None, co
     return [*inferred, *stated, marker["<|text|>"], *encode_text(tokenizer, therapist.text), tokenizer.eos_token_id]
 
 
-def encode(tokenizer: Any, exchange: Exchange, config: PromptConfig, longest: int) -> Example:
-    """One exchange -> Example. Raises DataError where prompt + reply exceed `longest` (the model's positions), or where
-    `emotion: inferred` meets a client turn without an emotion."""
+def check_emotion(exchange: Exchange, config: PromptConfig) -> None:
+    """Raises DataError where the model is to learn an emotion that is not annotated."""
     if config.emotion == "inferred" and exchange.client.emotion is None:
         raise DataError(
             f"conversation {exchange.conversation_id}: a client turn has no emotion, which prompt.emotion: inferred needs; "
             "annotate it or set prompt.emotion: given"
         )
+
+
+def encode(tokenizer: Any, exchange: Exchange, config: PromptConfig, longest: int) -> Example:
+    """One exchange -> Example. Raises DataError where utterance + reply exceed `longest` (the model's positions), or where
+    `emotion: inferred` meets a client turn without an emotion."""
+    check_emotion(exchange, config)
+    reply = encode_reply(tokenizer, exchange.therapist, exchange.client.emotion, config)
+    # Beside a long reply there may be room for less context than the settings allow.
+    config = dataclasses.replace(config, max_tokens=max(min(config.max_tokens, longest - len(reply)), 1))
     before, now, dropped = encode_parts(tokenizer, exchange.context, exchange.client, config)
     prompt = before + now
-    reply = encode_reply(tokenizer, exchange.therapist, exchange.client.emotion, config)
     if len(prompt) + len(reply) > longest:
         raise DataError(
             f"conversation {exchange.conversation_id}: the client's utterance and the reply take {len(prompt) + len(reply)} tokens, "
-            f"more than the model's {longest} positions; shorten them, or raise model.n_positions"
+            f"more than the model's {longest} positions; shorten them, or take a model with more (model.n_positions)"
         )
     return Example(prompt, reply, dropped, len(before))
 

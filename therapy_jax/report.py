@@ -301,7 +301,8 @@ def loupes(found: Mapping[str, Any]) -> str:
             (name, raw, weights.get(name, 1.0) * raw) for name, raw in reply["terms"].items() if weights.get(name, 1.0)
         ]
         parts = sorted(parts, key=lambda part: -abs(part[2]))
-        sums = table([["term", "raw", "weighted"], *([n, f"{raw:.3f}", f"{part:+.3f}"] for n, raw, part in parts)])
+        weighted = "weight × raw, before standardising" if found.get("standardise") else "weighted"
+        sums = table([["term", "raw", weighted], *([n, f"{raw:.3f}", f"{part:+.3f}"] for n, raw, part in parts)])
         cards.append(
             f"<article><p class=client>{esc(reply['client'])}</p>{strip(reply['tokens'], reply, f'lens{i}')}"
             f"<details><summary>As a table</summary>{loupe_table(reply['tokens'], reply)}</details>"

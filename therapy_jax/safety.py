@@ -16,6 +16,7 @@ True
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections import Counter
@@ -70,7 +71,10 @@ def crisis(text: str, earlier_client_turns: Sequence[str] = ()) -> Crisis | None
     if _read(earlier_client_turns[-1]):
         return None
     last = " ".join(normalise(earlier_client_turns[-1]).split()[-8:])
-    return _first(f" {last}{plain}", single=True)
+    # What stands in one of them alone has been read above, with the hints that may overrule a rule.
+    alone = {hit for part in (f" {last} ", plain) for kind in KINDS for hit in matches(kind, part, True)}
+    over = ((kind, hit) for kind in KINDS for hit in matches(kind, f" {last}{plain}", True) if hit not in alone)
+    return next(itertools.starmap(Crisis, over), None)
 
 
 def answer(kind: str, config: SafetyConfig) -> str:
@@ -109,8 +113,8 @@ def _read(text: str) -> Crisis | None:
     return found or Crisis("concern", ", ".join(crisis_hints.why(plain)))
 
 
-def _first(plain: str, single: bool = False) -> Crisis | None:
-    return next((Crisis(kind, hit) for kind in KINDS for hit in matches(kind, plain, single)), None)
+def _first(plain: str) -> Crisis | None:
+    return next((Crisis(kind, hit) for kind in KINDS for hit in matches(kind, plain)), None)
 
 
 def measure(cases: Iterable[dict]) -> tuple[dict[str, tuple[int, int]], list[dict]]:
