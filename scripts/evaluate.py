@@ -122,7 +122,8 @@ def main(config: Config) -> None:
         },
         "decoding": {**dataclasses.asdict(run.decoding(config)), "candidates": cfg.candidates, "draws": cfg.draws},
         "signature": metrics.signature(),
-        "reward_weights": scorer.weights,
+        # A term that the config gives no weight, as one of a custom reward, counts with 1.
+        "reward_weights": {**{name: 1.0 for system in systems.values() for name in system["terms"]}, **scorer.weights},
         "systems": systems,
         **({"draws": drawn} if cfg.draws > 1 else {}),
         "therapist": {k: therapist[k] for k in evaluate.WITHOUT_REFERENCE if k in therapist},
@@ -167,7 +168,8 @@ def of_model(
     model, params = gpt2.GPT2(gpt2_config), sharding.place(mesh, params)
     size = config.evaluate.batch_size
     examples = [prompts.encode(tokenizer, e, config.prompt, gpt2_config.n_positions) for e in chosen]
-    rows = [e.prompt for e in examples]
+    # Not theirs: beside a long reply of the therapist's they may have had to leave context out.
+    rows = [prompts.encode_prompt(tokenizer, e.context, e.client, config.prompt)[0] for e in chosen]
     how = {"model": model, "cfg": run.decoding(config), "batch_size": size, "mesh": mesh}
     perplexity = evaluate.perplexity_of(*evaluate.losses_of(params, examples, model=model, batch_size=size, mesh=mesh))
 
@@ -219,7 +221,7 @@ def compare(samples: dict[str, list[evaluate.System]], chosen: list[Exchange], c
 
 def fingerprint(config: Config) -> str:
     """sha256 of the data file; of names and contents for a folder."""
-    path = dialogue.SAMPLE if config.data.path is None else Path(config.data.path)
+    path = dialogue.SAMPLE if config.data.path is None else Path(config.data.path).expanduser()
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         digest.update(file.read_bytes() if path.is_file() else file.name.encode() + file.read_bytes())

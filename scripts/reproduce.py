@@ -39,6 +39,10 @@ from therapy_jax.run import console, escape
 
 
 def main(config: Config, options: Options) -> None:
+    require(
+        not files.is_remote(config.run_dir) and config.mesh.coordinator is None,
+        f"reproduce.py runs on one machine, in a local folder (run_dir {config.run_dir}, mesh.coordinator {config.mesh.coordinator})",
+    )
     cells = grid.expand(config, options.seeds)
     judge = grid.language_model(config)
     check_split(config, {c.config.seed for c in cells} | ({judge.seed} if judge else set()))

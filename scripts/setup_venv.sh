@@ -20,15 +20,17 @@ find_python() {
   fail "needs Python 3.11, 3.12, 3.13 or 3.14 on the PATH (found: $candidate)"
 }
 
+has_installer() { command -v uv >/dev/null || .venv/bin/python -m pip --version >/dev/null 2>&1; }
+
 make_venv() {
   local python
-  if [[ -x .venv/bin/python ]] && python_ok .venv/bin/python; then return; fi
-  python=$(find_python)
+  if [[ -x .venv/bin/python ]] && python_ok .venv/bin/python && has_installer; then return; fi
+  python=$(find_python) || exit 1
   echo "==> .venv with $("$python" --version)"
   if command -v uv >/dev/null; then
-    uv venv --quiet --clear --seed --python "$python" .venv
+    uv venv --quiet --clear --seed --python "$python" .venv || fail "uv cannot make .venv"
   elif "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-    "$python" -m venv --clear .venv
+    "$python" -m venv --clear .venv || fail "$python cannot make .venv"
   else
     fail "$python cannot make virtual environments; install its venv module" \
       "(Debian, Ubuntu: apt-get install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')) or uv"
@@ -56,7 +58,7 @@ setup_venv() {
     echo "==> pip finds no $preferred here: the default build comes instead"
   fi
   echo "==> installing therapy_jax${extra:+[$extra]} and its pinned packages (a minute or more)"
-  pip_install -e ".${extra:+[$extra]}"
+  pip_install -e ".${extra:+[$extra]}" || fail "the installation failed; the same command goes on where it can"
   [[ "$(head -n 1 .venv/installed 2>/dev/null)" == "$hash" ]] || printf '%s\n+\n' "$hash" >.venv/installed
   [[ -z "$extra" ]] || echo "+$extra" >>.venv/installed
 }

@@ -38,7 +38,8 @@ def main(config: Config) -> None:
     if processes.shared(where.exists()):
         console.print(f"classifiers: {run.escape(str(where))} is made anew")
         if processes.is_writer():
-            where.unlink() if where.is_symlink() else epath.Path(where).rmtree()  # a cell's link into another cell
+            # a cell's folder may be a link into another cell
+            where.unlink() if not files.is_remote(where) and where.is_symlink() else epath.Path(where).rmtree()
         processes.wait_for_all("classifiers removed")
     found = classifiers.load_or_train(folder, config, data, gpt2_config, params, tokenizer)
     seconds = time.monotonic() - began

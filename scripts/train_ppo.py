@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from therapy_jax import (
     batching,
@@ -164,6 +163,7 @@ def main(config: Config) -> None:
                 run.give_up(folder, "ppo", finished, line, prompts_of(config, ready, finished - 1))
             if stop:
                 logs.copy_logs(folder)
+                logs.note_environment(folder, "ppo", time.monotonic() - began)
                 raise stopping.Stopped(f"ppo: stopped by {stop} at iteration {finished} of {cfg.iterations}, saved")
     logs.copy_logs(folder)
     if stopped:
@@ -181,7 +181,7 @@ def main(config: Config) -> None:
         f"model in {run.escape(str(folder / 'ppo'))}"
     )
     manager.close()
-    if done < finished:
+    if done < finished or not logs.is_noted(folder, "ppo"):
         logs.note_environment(folder, "ppo", time.monotonic() - began)
 
 
@@ -321,7 +321,7 @@ def export(folder: Path, gpt2_config: gpt2.GPT2Config, state: ppo.PPOState, toke
     head = {k: np.asarray(v) for k, v in files.flatten(sharding.fetch(critic["head"])).items()}
     if processes.is_writer():
         with files.staged(folder / "model", last="value_head.safetensors") as here:
-            save_file(head, here / "value_head.partial")
+            weights.write_tensors(head, here / "value_head.partial")
             files.share(here / "value_head.partial")
             (here / "value_head.partial").rename(here / "value_head.safetensors")
     if "trunk" in critic:

@@ -349,6 +349,7 @@ def fit(
                 run.give_up(folder, stage, finished, line, ids(batch_of(step, mine)))
             if stop:
                 logs.copy_logs(folder)
+                logs.note_environment(folder, stage, time.monotonic() - began)
                 raise stopping.Stopped(f"{stage}: stopped by {stop} at step {finished} of {steps}, saved")
     logs.copy_logs(folder)
 
@@ -360,7 +361,7 @@ def fit(
     lowest = scores.get(best, math.nan)
     console.print(f"{stage}: validation loss {lowest:.4f} at step {best}, the best; {time.monotonic() - began:.0f} s")
     manager.close()
-    if done < steps:
+    if done < steps or not logs.is_noted(folder, stage):
         logs.note_environment(folder, stage, time.monotonic() - began)
     return sharding.fetch(state.params)
 

@@ -95,7 +95,8 @@ def training(record: Record, stage: str) -> str:
     done["sft"] = [f"{config.sft.epochs:g} epochs on {named(config.data)}, batches of {config.sft.batch_size}"]
     ppo, weights = config.ppo, dataclasses.asdict(config.rewards.weights)
     if config.rewards.custom is not None:
-        weights |= {f"custom ({k})": v for k, v in config.rewards.custom.weights.items()}
+        custom = config.rewards.custom
+        weights |= {f"custom ({k})": v for k, v in (custom.weights or {Path(custom.path).name: 1.0}).items()}
     terms = ", ".join(f"{escape(name)} {weight:g}" for name, weight in weights.items() if weight)
     done["ppo"] = [
         f"{ppo.iterations} iterations of {ppo.batch_size} replies, {ppo.estimator}, KL coefficient {ppo.kl_coef:g}",

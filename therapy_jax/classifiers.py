@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from therapy_jax import gpt2, metrics, processes, prompts, readings
 from therapy_jax.config import ClassifierConfig, Config, ConfigError
@@ -34,6 +34,7 @@ from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
 from therapy_jax.files import fetched, flatten, share, staged, write_json
 from therapy_jax.gpt2 import Array, Params
 from therapy_jax.sharding import fetch
+from therapy_jax.weights import write_tensors
 
 FORMAT = 1  # of what `save` writes
 REWARDING = ("emotion", "strategy")  # what reward terms need; the third head costs as much again, and reads clients
@@ -295,7 +296,7 @@ def save(folder: Path, found: Classifiers, belongs: dict[str, Any]) -> None:
         (folder / "report.json").unlink()
     arrays = flatten({**found.frozen._asdict(), "client_emotion": found.client_emotion or {}})
     with staged(folder, last="report.json") as here:
-        save_file({name: np.asarray(x) for name, x in arrays.items()}, here / "model.safetensors")
+        write_tensors({name: np.asarray(x) for name, x in arrays.items()}, here / "model.safetensors")
         share(here / "model.safetensors")
         write_json(here / "report.json", {"belongs_to": belongs, **found.report})
 

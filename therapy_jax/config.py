@@ -393,6 +393,10 @@ class PPOConfig:
         require(rate is None or rate >= 0, f"ppo.critic_learning_rate must be 0 or above, not {rate}")
         require(self.max_kl is None or self.max_kl > 0, f"ppo.max_kl must be above 0, not {self.max_kl}")
         require(self.kl_horizon > 0, f"ppo.kl_horizon must be above 0, not {self.kl_horizon}")
+        require(  # else a step of the adaptive beta could take more than all of it
+            self.kl_target is None or self.batch_size < 5 * self.kl_horizon,
+            f"ppo.kl_horizon ({self.kl_horizon:g}) must be more than a fifth of ppo.batch_size ({self.batch_size})",
+        )
         for name in (
             "iterations",
             "batch_size",

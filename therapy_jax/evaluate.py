@@ -230,12 +230,16 @@ def language_perplexity(
     """Is it still language? exp of the mean negative log-likelihood per token (each text and its EOS) that the judge gives
     to replies, after the prompt and the annotated emotion."""
     examples = []
-    border = judge.tokenizer.convert_tokens_to_ids("<|text|>")
+    border, most = judge.tokenizer.convert_tokens_to_ids("<|text|>"), judge.model.config.n_positions
     for text, e in zip(texts, exchanges, strict=True):
-        answered = dataclasses.replace(e, therapist=dataclasses.replace(e.therapist, text=text))
-        example = prompts.encode(judge.tokenizer, answered, judge.prompt, judge.model.config.n_positions)
-        at = example.reply.index(border) + 1
-        examples.append(Example(example.prompt + example.reply[:at], example.reply[at:], 0))
+        before, _ = prompts.encode_prompt(judge.tokenizer, e.context, e.client, judge.prompt)
+        turn = dataclasses.replace(e.therapist, text=text)
+        reply = prompts.encode_reply(judge.tokenizer, turn, e.client.emotion, judge.prompt)
+        # A baseline may answer a long message with somebody else's long reply: its end is left out, then the prompt's beginning.
+        reply = reply[: max(most - len(before), most // 2)]
+        before = before[max(len(before) + len(reply) - most, 0) :]
+        at = reply.index(border) + 1
+        examples.append(Example(before + reply[:at], reply[at:], 0))
     return perplexity_of(*losses_of(judge.params, examples, model=judge.model, batch_size=batch_size, mesh=mesh))
 
 

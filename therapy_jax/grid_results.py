@@ -73,7 +73,10 @@ def summary(config: Config, cells: Sequence[Cell]) -> dict[str, Any]:
         "seeds": sorted({c.config.seed for c in cells}),
         **_surroundings([root / "pretrained", root / "language_model", *(c.folder for c in cells)]),
         "hours": round(sum(sum(stages.values()) for part in spent.values() for stages in part) / 3600, 3),
-        "seconds": {name: {k: [s[k] for s in part] for k in part[0]} for name, part in spent.items()},
+        "seconds": {
+            name: {k: [s[k] for s in part] for k in part[0] if all(k in s for s in part)}
+            for name, part in spent.items()
+        },
         "cells": {
             name: {
                 "stage": part[0].system,

@@ -143,6 +143,12 @@ def plain(value: Any) -> Any:
     return float(f"{float(value):.6g}") if hasattr(value, "dtype") or isinstance(value, float) else value
 
 
+def is_noted(folder: Path, stage: str) -> bool:
+    """Whether environment.json knows of the stage; one that was killed between its last checkpoint and its end is not in it."""
+    path = folder / "environment.json"
+    return path.is_file() and stage in json.loads(path.read_text(encoding="utf-8"))
+
+
 def note_environment(folder: Path, stage: str, seconds: float, went_on: bool = True) -> None:
     """Add to environment.json what a table in a README must name beside its figures. went_on: a stage that was stopped and went on
     counts all its time; one that begins anew each time, its own alone."""

@@ -48,6 +48,9 @@ COMPILING = "compiling: about a minute, cached afterwards"
 DOCTOR = "python scripts/doctor.py says why and what to do"
 
 
+begun: set[str] = set()  # stages whose work has begun: config.yaml is theirs now, whatever ends them
+
+
 def main(script: Callable[..., None], description: str | None, options: type | None = None) -> None:
     """Parse the command line, run script(config), or script(config, options) where it has flags of its own. A user's mistake,
     or a disk that is full, ends with one sentence and exit code 2, no traceback; a signal ends with code 75, and the same
@@ -72,7 +75,12 @@ def main(script: Callable[..., None], description: str | None, options: type | N
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
         with contextlib.suppress(OSError):  # a full disk is what the message is about
             # who writes is asked last: where JAX finds no device, no process can say
-            if before is not None and written.read_text(encoding="utf-8") != before and processes.is_writer():
+            if (
+                not begun
+                and before is not None
+                and written.read_text(encoding="utf-8") != before
+                and processes.is_writer()
+            ):
                 write_text(written, before)  # refused: what lies there is still of the settings before
         fail(str(error))
     except OSError as error:
@@ -326,6 +334,7 @@ def progress(stage: str, total: int, done: int = 0, at_first: str = COMPILING) -
     Yields advance(step, **numbers): the numbers that matter, shown as they are given.
     """
     began = time.monotonic()
+    begun.add(stage)
 
     def rate(step: int) -> str:
         each = (time.monotonic() - began) / max(step - done, 1)

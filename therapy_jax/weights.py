@@ -227,12 +227,17 @@ def write(folder: Path, config: GPT2Config, params: Params, tokenizer: Any) -> N
     if tokenizer is not None:
         save_tokenizer(folder, tokenizer)
     partial = folder / "model.safetensors.partial"
-    try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, in its own words
-        raise WeightsError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from error
+    write_tensors(tensors, partial)
     share(partial)
     os.replace(partial, folder / "model.safetensors")
+
+
+def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file. Raises WeightsError where it cannot be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, in its own words
+        raise WeightsError(f"{path}: cannot be written ({error})") from error
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -101,6 +101,8 @@ def on_host(function: Callable[[list[Sample]], Any], samples: list[Sample], name
         )
     terms = {}
     for term, column in values.items():
+        if not isinstance(term, str):
+            raise RewardError(f"reward {name}: {term!r} cannot name a term; give it a name in words")
         length = len(column) if hasattr(column, "__len__") and getattr(column, "shape", None) != () else None
         if length != len(samples):
             got = f"a {type(column).__name__}" if length is None else f"{length} values"

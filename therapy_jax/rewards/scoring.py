@@ -19,7 +19,7 @@ from therapy_jax.dialogue import Exchange
 from therapy_jax.gpt2 import Params
 from therapy_jax.rewards import batch as reward_batch
 from therapy_jax.rewards import custom, meaning
-from therapy_jax.rewards.batch import Fixed, References, RewardBatch
+from therapy_jax.rewards.batch import CONTEXT_TOKENS, Fixed, References, RewardBatch
 from therapy_jax.rewards.combine import TERMS, Raw, raw_terms
 from therapy_jax.sampling import Reply
 
@@ -84,7 +84,9 @@ def host_terms(
     """`raw` with the terms of the host in it; replies are generated ids. Raises RewardError (see custom.on_host)."""
     samples = custom.make_samples(tokenizer, replies, exchanges)
     if host.encoder is not None:
-        texts = [[s.reply, s.reference, s.client, " ".join(s.context)] for s in samples]
+        # Of the turns before only the newest words, as the trunk reads them: an encoder would cut the end of a long text.
+        newest = [" ".join(" ".join(s.context).split()[-CONTEXT_TOKENS:]) for s in samples]
+        texts = [[s.reply, s.reference, s.client, before] for s, before in zip(samples, newest, strict=True)]
         place = {text: i for i, text in enumerate(dict.fromkeys(text for four in texts for text in four))}
         known = encoder.embed_texts(host.encoder, list(place))  # once, however many replies answer the same prompt
         vectors = known[[place[text] for four in texts for text in four]]
