@@ -165,6 +165,7 @@ def test_numbers_of_every_kind_are_taken_as_they_are(values, tmp_path):
         ("{'mine': np.ones((5, 1))}", "mine gives a ndarray for sample 0"),
         ("[1.0] * 5", "gives a list, it must give a dict"),
         ("None", "gives a NoneType, it must give a dict"),
+        ("{1: [1.0] * 5}", "1 cannot name a term"),
     ],
 )  # fmt: skip
 def test_a_broken_reward_is_named_with_the_sample_it_broke_on(returned, named, tmp_path):

@@ -146,6 +146,26 @@ def test_perplexity_of_replies_counts_their_text_and_end_alone(data, tokenizer, 
     assert got == pytest.approx(np.exp(-total / count), rel=1e-4)
 
 
+def test_perplexity_of_replies_that_do_not_fit_is_that_of_their_beginning(data, tokenizer, model, params):
+    """A baseline answers anybody with anything: what is too long for the judge ends no evaluation."""
+    mesh = sharding.make_mesh(MeshConfig(1))
+    (e,) = data["test"][:1]
+    judge = evaluate.LanguageModel(params, model, tokenizer, PROMPT)
+    text = "I hear you. " * 200
+    got = evaluate.language_perplexity(judge, [text], [e], batch_size=1, mesh=mesh)
+    most = model.config.n_positions
+    turn = dialogue.Turn("therapist", text, e.therapist.emotion)
+    prompt, _ = prompts.encode_prompt(tokenizer, e.context, e.client, PROMPT)
+    written = prompts.encode_reply(tokenizer, turn, None, PROMPT)
+    ids = jnp.asarray([(prompt + written)[:most]])
+    assert len(prompt) < most / 2 and len(prompt + written) > most
+    logits = gpt2.GPT2(model.config).apply({"params": params}, ids, jnp.ones(ids.shape, bool))
+    logs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits))[0])
+    start = len(prompt) + written.index(tokenizer.convert_tokens_to_ids("<|text|>")) + 1
+    lost = [logs[i - 1, int(ids[0, i])] for i in range(start, most)]
+    assert got == pytest.approx(np.exp(-np.mean(lost)), rel=1e-4)
+
+
 def test_alarm_rings_only_where_the_reward_rises_and_something_else_falls():
     before = {"reward": 0.2, "meteor": 0.10, "distinct2": 0.5, "stop_rate": 0.95, "commonest_share": 0.02}
 

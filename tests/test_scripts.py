@@ -94,6 +94,7 @@ def test_every_config_loads_and_round_trips(path, tmp_path):
         (["--judge.systems", "[]"], "judge.systems"),
         (["--pretrain", '{"block_tokens": 0}'], "block_tokens"),
         (["--sft.epochs", ".inf"], "sft.epochs"),
+        (["--ppo.kl_target", "3", "--ppo.kl_horizon", "6"], "ppo.kl_horizon"),
         (["--sft", "null"], "sft"),
     ],
 )
