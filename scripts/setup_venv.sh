@@ -20,17 +20,19 @@ find_python() {
   fail "needs Python 3.11, 3.12, 3.13 or 3.14 on the PATH (found: $candidate)"
 }
 
-has_installer() { command -v uv >/dev/null || .venv/bin/python -m pip --version >/dev/null 2>&1; }
+is_whole() {  # one that was interrupted while it was made has no pip
+  [[ -e .venv/installed ]] || command -v uv >/dev/null || .venv/bin/python -c 'import pip' 2>/dev/null
+}
 
 make_venv() {
   local python
-  if [[ -x .venv/bin/python ]] && python_ok .venv/bin/python && has_installer; then return; fi
-  python=$(find_python) || exit 1
+  if [[ -x .venv/bin/python ]] && python_ok .venv/bin/python && is_whole; then return; fi
+  python=$(find_python) || return
   echo "==> .venv with $("$python" --version)"
   if command -v uv >/dev/null; then
-    uv venv --quiet --clear --seed --python "$python" .venv || fail "uv cannot make .venv"
+    uv venv --quiet --clear --seed --python "$python" .venv
   elif "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-    "$python" -m venv --clear .venv || fail "$python cannot make .venv"
+    "$python" -m venv --clear .venv
   else
     fail "$python cannot make virtual environments; install its venv module" \
       "(Debian, Ubuntu: apt-get install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')) or uv"
@@ -50,7 +52,7 @@ is_installed() { [[ "$(head -n 1 .venv/installed 2>/dev/null)" == "$1" ]] && gre
 
 setup_venv() {
   local extra=$1 preferred=${2:-} hash
-  make_venv
+  make_venv || return
   hash=$(cat pyproject.toml constraints.txt <(pwd) | .venv/bin/python -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   if is_installed "$hash" "$extra"; then return; fi
@@ -58,7 +60,7 @@ setup_venv() {
     echo "==> pip finds no $preferred here: the default build comes instead"
   fi
   echo "==> installing therapy_jax${extra:+[$extra]} and its pinned packages (a minute or more)"
-  pip_install -e ".${extra:+[$extra]}" || fail "the installation failed; the same command goes on where it can"
+  pip_install -e ".${extra:+[$extra]}" || return  # said here: whoever sources this may not stop at errors
   [[ "$(head -n 1 .venv/installed 2>/dev/null)" == "$hash" ]] || printf '%s\n+\n' "$hash" >.venv/installed
   [[ -z "$extra" ]] || echo "+$extra" >>.venv/installed
 }

@@ -206,6 +206,11 @@ def test_a_failed_install_is_tried_again(tree):
     python.write_text(working.replace('"-m pip") ', '"-m pip") exit 9; '))
     done = run_script(tree, "quickstart.sh")
     assert done.returncode == 9 and "RAN" not in done.stdout
+    # Also in a shell that does not stop at errors, as tpu_vm.sh opens one on each host.
+    sourced = ["bash", "-c", "source scripts/setup_venv.sh && setup_venv tpu"]
+    environment = {"PATH": str(tree / "bin"), "HOME": str(tree)}
+    assert subprocess.run(sourced, cwd=tree, env=environment, capture_output=True).returncode == 9
+    assert not (tree / ".venv" / "installed").exists()
     shutil.rmtree(tree / ".venv")
     python.write_text(working)
     run_script(tree, "quickstart.sh")
