@@ -221,7 +221,7 @@ def compare(samples: dict[str, list[evaluate.System]], chosen: list[Exchange], c
 
 def fingerprint(config: Config) -> str:
     """sha256 of the data file; of names and contents for a folder."""
-    path = dialogue.SAMPLE if config.data.path is None else Path(config.data.path).expanduser()
+    path = dialogue.SAMPLE if config.data.path is None else files.local_path(config.data.path)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         digest.update(file.read_bytes() if path.is_file() else file.name.encode() + file.read_bytes())

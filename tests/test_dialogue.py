@@ -329,6 +329,8 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     splits_file(tmp_path, test=["c"])
     by_split = d.read_dialogues("~/talks.jsonl", "jsonl", "~/splits.json")
     assert [len(by_split[split]) for split in d.SPLITS] == [2, 0, 1]
+    with pytest.raises(d.DataError, match="~nobody-here/talks.jsonl does not exist"):
+        d.read_dialogues("~nobody-here/talks.jsonl", "jsonl")
 
 
 def test_report_lines_start_with_the_commonest_change():

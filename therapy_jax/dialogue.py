@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from therapy_jax.cleaning import clean_line
+from therapy_jax.files import local_path
 
 EMOTIONS = ("neutral", "depression", "anger", "disgust", "joy", "sadness", "fear")  # the position is the label id
 STRATEGIES = (
@@ -131,7 +132,7 @@ def read_dialogues(
         raise ValueError(f"on_bad_row is {on_bad_row!r}; choose error or skip.")
     if path is None and format != "jsonl":
         raise DataError(f"path is missing: give that of the {format} data, or format='jsonl' for the built-in sample.")
-    path, report = SAMPLE if path is None else Path(path).expanduser(), Report() if report is None else report
+    path, report = SAMPLE if path is None else local_path(path), Report() if report is None else report
 
     hint = ", or leave out such rows with on_bad_row='skip'"
 
@@ -158,7 +159,8 @@ def read_dialogues(
         split = split_by_id[dialogue.conversation_id]
         turns = _clean_turns(dialogue.turns, split, report.counts) if clean and split else _join(dialogue.turns)
         # As train would have it: elsewhere a turn that is emptied stays as it was, which is no other conversation.
-        words = _clean_turns(dialogue.turns, "train", Counter()) if clean else turns
+        as_it_is = split == "train" or not clean
+        words = turns if as_it_is else _clean_turns(dialogue.turns, "train", Counter())
         said = tuple((turn.speaker, turn.text) for turn in words)
         if not split:
             report.counts["conversation in no split left out"] += 1
@@ -364,7 +366,7 @@ def _assign_splits(
         return {d.conversation_id: d.split or split_of(d.conversation_id, seed, *FRACTIONS[format]) for d in raw}
     if splits == "official" and format != "mesc":
         raise DataError(f"{path}: only MESC has official splits; leave splits out or give the path of a splits file.")
-    source = OFFICIAL if splits == "official" else Path(splits).expanduser()
+    source = OFFICIAL if splits == "official" else local_path(splits)
     given = _check_keys(str(source), "", _json(str(source), _read_text(source)), SPLITS[1:], SPLITS[:1])
     known = {dialogue.conversation_id for dialogue in raw}
     split_by_id: dict[str, str] = {}

@@ -24,7 +24,12 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def as_path(path: str | os.PathLike) -> Path:
     """A pathlib path, or for a remote one epath's, which has the same methods but no links, locks or appending."""
-    return cast(Path, epath.Path(path)) if is_remote(path) else Path(os.path.expanduser(path))  # ~nobody stays as it is
+    return cast(Path, epath.Path(path)) if is_remote(path) else local_path(path)
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A pathlib path, `~` being the home folder; ~nobody stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
