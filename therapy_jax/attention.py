@@ -16,12 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from therapy_jax.products import on_gpu
+
 Array = jax.Array
-
-
-def on_gpu() -> bool:
-    """The same mathematics, in the form that is fastest there; asked while a program is traced."""
-    return jax.default_backend() == "gpu"
 
 
 class Layout(NamedTuple):

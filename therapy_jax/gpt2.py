@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from therapy_jax.attention import Layout, attention, can_fuse, dropout, fused_attention, on_gpu, visible
+from therapy_jax.attention import Layout, attention, can_fuse, dropout, fused_attention, visible
+from therapy_jax.products import dense, few_rows, on_cpu, on_gpu, product
 from therapy_jax.sharding import constrain, gathered
 
 Params = Any  # a nested dict of arrays
@@ -100,8 +101,7 @@ def apart(config: GPT2Config, blocks: Params, cache: KVCache) -> tuple[tuple[Par
     Decoding reads all of it for each token, and writes into the cache in place: so it is laid out for that once. On a
     CPU wide kernels are turned over, to what `few_rows` takes: "turned" [out, in], where "kernel" was [in..., out...]."""
     dtype, mesh = jnp.dtype(config.compute_dtype), config.mesh
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    turn = platform == "cpu" and (mesh is None or mesh.size == 1) and config.n_embd >= WIDE
+    turn = on_cpu(mesh) and (mesh is None or mesh.size == 1) and config.n_embd >= WIDE
 
     def take(i):
         block = jax.tree_util.tree_map_with_path(
@@ -127,24 +127,9 @@ def layer_norm(x: Array, params: Params, epsilon: float) -> Array:
     return x * params["scale"] + params["bias"]
 
 
-def few_rows(x_BK: Array, w_NK: Array) -> Array:
-    """x @ w.T of few rows, as in decoding -> f32[B,N]. A CPU multiplies up to 1.7 times faster with the many rows on the left."""
-    out_NB = jnp.einsum("nk,bk->nb", w_NK, x_BK, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(out_NB).T  # else XLA turns it back
-
-
-def dense(equation: str, x: Array, p: Params) -> Array:
-    """x times the kernel, plus the bias, in x's dtype. A kernel that `apart` has turned over is for one token a row."""
-    bias = p["bias"].astype(x.dtype)
-    if "kernel" in p:
-        return jnp.einsum(equation, x, p["kernel"].astype(x.dtype)) + bias
-    out_BN = few_rows(x.reshape(x.shape[0], -1), p["turned"]).astype(x.dtype)
-    return out_BN.reshape(x.shape[0], 1, *bias.shape) + bias
-
-
 def saved(primitive, *args, **params) -> bool:
     """What a backward pass finds of a block: the results of the products with parameters, and of cuDNN's attention."""
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    products = jax.checkpoint_policies.save_only_these_names("product")
     return primitive.name == "dot_product_attention_fwd_wrapper" or bool(products(primitive, *args, **params))
 
 
@@ -157,17 +142,17 @@ def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None
     if on_gpu() and x_BTD.shape[1] > 1:
         # What one product gives would be cut in three for cuDNN, and put together again in the backward pass.
         three = ({name: x[..., i, :, :] for name, x in p["c_attn"].items()} for i in range(3))
-        q_BHTK, k_BHTK, v_BHTK = (dense("btd,dhk->bthk", h_BTD, part).swapaxes(1, 2) for part in three)
+        q_BHTK, k_BHTK, v_BHTK = (dense("btd,dhk->bthk", h_BTD, part, config.mesh).swapaxes(1, 2) for part in three)
     else:
         # The axes stay in the order of the matrix product: asked for another one, XLA on CPU takes a product twice as slow.
-        qkv_BTCHK = dense("btd,dchk->btchk", h_BTD, p["c_attn"])
+        qkv_BTCHK = dense("btd,dchk->btchk", h_BTD, p["c_attn"], config.mesh)
         q_BHTK, k_BHTK, v_BHTK = jnp.moveaxis(qkv_BTCHK, (2, 3), (0, 2))
-    out_BTD = dense("bhtk,hkd->btd", attend(q_BHTK, k_BHTK, v_BHTK), p["attn_proj"])
+    out_BTD = dense("bhtk,hkd->btd", attend(q_BHTK, k_BHTK, v_BHTK), p["attn_proj"], config.mesh)
     x_BTD = x_BTD + dropout(out_BTD, config.dropout, keys[0])
 
     h_BTD = layer_norm(x_BTD, p["ln_2"], config.layer_norm_epsilon).astype(dtype)
-    h_BTF = ACTIVATIONS[config.activation_function](dense("btd,df->btf", h_BTD, p["c_fc"]))
-    out_BTD = dense("btf,fd->btd", h_BTF, p["mlp_proj"])
+    h_BTF = ACTIVATIONS[config.activation_function](dense("btd,df->btf", h_BTD, p["c_fc"], config.mesh))
+    out_BTD = dense("btf,fd->btd", h_BTF, p["mlp_proj"], config.mesh)
     return x_BTD + dropout(out_BTD, config.dropout, keys[1])
 
 
@@ -312,26 +297,6 @@ def hidden(
     return found
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(hidden: Array, wte: Array, dtype: Any) -> Array:
-    """hidden f32[...,D] @ wte.T, f32[V,D], as a product in `dtype` -> f32[...,V]. What comes back for the logits is rounded to
-    `dtype`, too: left in float32, it would make float32 products of two thirds of the head's work."""
-    return jnp.einsum("...d,vd->...v", hidden.astype(dtype), wte.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _project_forward(hidden, wte, dtype):
-    return project(hidden, wte, dtype), (hidden, wte)
-
-
-def _project_backward(dtype, residual, g):
-    hidden, wte, g = (x.astype(dtype) for x in (*residual, g))
-    to_hidden = jnp.einsum("...v,vd->...d", g, wte, preferred_element_type=jnp.float32)
-    return to_hidden, jnp.einsum("...v,...d->vd", g, hidden, preferred_element_type=jnp.float32)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
 def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Array:
     """hidden [..., D] -> logits f32[..., padded vocabulary], the spare rows at the float minimum. few: hidden is [B, D] with a
     small B, as in decoding."""
@@ -339,7 +304,7 @@ def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Ar
     if few and hidden.shape[-1] >= WIDE:
         logits = few_rows(hidden.astype(dtype), wte.astype(dtype))
     else:
-        logits = jnp.asarray(project(hidden, wte, dtype))
+        logits = jnp.asarray(product("...d,vd->...v", dtype, hidden, wte))
     if config.padded_vocab_size == config.vocab_size:
         return logits
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)

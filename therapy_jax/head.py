@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from therapy_jax import gpt2
-from therapy_jax.attention import on_gpu
 from therapy_jax.gpt2 import Array
+from therapy_jax.products import on_gpu
 from therapy_jax.sharding import constrain, gathered, row_shards
 
 # Tokens whose logits exist at a time: enough for a matrix product to run at full speed.
