@@ -12,8 +12,9 @@ import pytest
 from therapy_jax import products
 
 SHAPES = {  # equation: shapes of x and w
-    "...d,vd->...v": [((6, 8), (20, 8)), ((7, 8), (20, 8)), ((2, 3, 8), (20, 8))],  # an even and an odd number of rows
-    "btd,df->btf": [((2, 5, 8), (8, 12))],
+    "bd,vd->bv": [((6, 8), (20, 8)), ((7, 8), (20, 8))],  # an even and an odd number of rows
+    "btd,vd->btv": [((2, 3, 8), (20, 8))],
+    "btd,df->btf": [((2, 5, 8), (8, 12)), ((3, 5, 8), (8, 12))],
     "btd,dchk->btchk": [((2, 5, 8), (8, 3, 2, 4))],
     "bhtk,hkd->btd": [((2, 2, 5, 4), (2, 4, 8))],
 }

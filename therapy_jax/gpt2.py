@@ -304,7 +304,8 @@ def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Ar
     if few and hidden.shape[-1] >= WIDE:
         logits = few_rows(hidden.astype(dtype), wte.astype(dtype))
     else:
-        logits = jnp.asarray(product("...d,vd->...v", dtype, hidden, wte))
+        rows = "bt"[: hidden.ndim - 1]
+        logits = jnp.asarray(product(f"{rows}d,vd->{rows}v", dtype, hidden, wte))
     if config.padded_vocab_size == config.vocab_size:
         return logits
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)

@@ -45,20 +45,24 @@ def _product_backward(equation, dtype, residual, g):
     g = g.astype(dtype)
     to_x = jnp.asarray(product(f"{out},{right}->{left}", dtype, g, w))
 
-    def to_w(x, g):
+    def to_w(x, g, *lead):
+        """Summed over `lead` axes, which stand for the first ones of x and g; without: over those that they have."""
+        rows = "".join(axis for axis in left if axis not in right)
+        if lead and left.startswith(rows) and out.startswith(rows):
+            x, g = (a.reshape(*lead, *a.shape[len(rows) :]) for a in (x, g))
+            new = "yz"[: len(lead)]
+            return product(f"{left},{out}->{right}".replace(rows, new), dtype, x, g)
         return product(f"{left},{out}->{right}", dtype, x, g)
 
-    def to_w_in_halves(x, g):
-        x, g = (a.reshape(2, -1, a.shape[-1]) for a in (x, g))
-        return product(f"z{left},z{out}->{right}", dtype, x, g)
+    def to_w_on_cpu(x, g):
+        # XLA turns x over before it sums over two axes, and need not before it sums over one. But its bfloat16 product, twice as
+        # fast as that in float32, it takes in the former case alone.
+        if dtype != jnp.bfloat16:
+            return to_w(x, g, -1)
+        return to_w(x, g, 2, -1) if x.ndim == 2 and x.shape[0] % 2 == 0 else to_w(x, g)
 
-    if dtype == jnp.bfloat16 and x.ndim == 2 and len(x) % 2 == 0:
-        # XLA's bfloat16 product for CPUs, twice as fast as its float32 one, is not used where a single axis is summed that
-        # stands first; of two axes it is.
-        found = jax.lax.platform_dependent(x, g, cpu=to_w_in_halves, default=to_w)
-    else:
-        found = to_w(x, g)
-    return to_x.astype(x.dtype), jnp.asarray(found).astype(w.dtype)
+    found = jnp.asarray(jax.lax.platform_dependent(x, g, cpu=to_w_on_cpu, default=to_w))
+    return to_x.astype(x.dtype), found.astype(w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -75,12 +79,11 @@ def dense(equation: str, x: Array, p: Any, mesh: Mesh | None) -> Array:
 
     The product is named, so that a backward pass that makes a block anew can find it. On a CPU bfloat16 is fast only in products
     that give float32, and in gradients that are such products; elsewhere what gives bfloat16 writes half as much."""
-    bias = p["bias"].astype(x.dtype)
     if "turned" in p:
         out_BN = few_rows(x.reshape(x.shape[0], -1), p["turned"]).astype(x.dtype)
-        return out_BN.reshape(x.shape[0], 1, *bias.shape) + bias
+        return out_BN.reshape(x.shape[0], 1, *p["bias"].shape) + p["bias"].astype(x.dtype)
     if on_cpu(mesh):
-        out = jnp.asarray(product(equation, x.dtype, x, p["kernel"])).astype(x.dtype)
-    else:
-        out = jnp.einsum(equation, x, p["kernel"].astype(x.dtype))
-    return checkpoint_name(out, "product") + bias
+        out = jnp.asarray(product(equation, x.dtype, x, p["kernel"])) + p["bias"]
+        return checkpoint_name(out.astype(x.dtype), "product")
+    out = jnp.einsum(equation, x, p["kernel"].astype(x.dtype))
+    return checkpoint_name(out, "product") + p["bias"].astype(x.dtype)
