@@ -1,7 +1,7 @@
 """The batches of the benchmark's `conversations` rows: the same exchanges for both sides, each side's way.
 
 Theirs: one example an exchange, shuffled, padded to the longest of its batch. Ours: whole conversations in rows that share
-their context (therapy_jax/packing.py). Both take about as many optimizer steps for all of them, and supervise the very same
+their context (therapy_jax/packing.py). Both take as many optimizer steps for all of them as whole rows allow, and supervise the very same
 tokens after the same context.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from therapy_jax import batching, packing, prompts
 from therapy_jax.config import PromptConfig
-from therapy_jax.dialogue import Report, exchanges, read_dialogues
+from therapy_jax.dialogue import FRACTIONS, DataError, Report, exchanges, read_dialogues
 
 CONVERSATIONS = 48
 EXCHANGES_A_STEP = 16
@@ -36,15 +36,19 @@ def write(path: Path, source: str | None, tokenizer_folder: str | None, vocabula
     """path = an .npz with both sides' batches. source: FORMAT:FILE as data.format and data.path, None = the built-in
     sample; without a tokenizer's folder one is trained on the conversations."""
     form, _, file = (source or "jsonl:").partition(":")
+    if form not in FRACTIONS or (source and not file):
+        raise DataError(f"--conversations {source} is not FORMAT:FILE, such as mesc:MESC.csv")
     splits = "official" if form == "mesc" else None
     dialogues = read_dialogues(file or None, form, splits, True, "error", 0, Report())["train"][:CONVERSATIONS]
+    if not dialogues:
+        raise DataError(f"--conversations {source}: no conversation of it is for training")
     if tokenizer_folder:
         tokenizer = prompts.load_tokenizer(tokenizer_folder)
     else:
         tokenizer = prompts.train_tokenizer((prompts.plain_text(d.turns) for d in dialogues), min(vocabulary, 8192))
     prompts.add_special_tokens(tokenizer)
     asked = PromptConfig("context_emotion", "given", LONGEST // 2)
-    encoded = [[prompts.encode(tokenizer, e, asked, LONGEST) for e in exchanges(d)] for d in dialogues]
+    encoded = [[prompts.encode(tokenizer, e, asked, ROW_TOKENS) for e in exchanges(d)] for d in dialogues]
     # GPT-2's own vocabulary leaves no room for the six markers: they take the ids of its rarest tokens, on both sides.
     encoded = [
         [e._replace(prompt=fold(e.prompt, vocabulary), reply=fold(e.reply, vocabulary)) for e in c] for c in encoded

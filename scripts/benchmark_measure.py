@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from therapy_jax.run import console
 STARTUP = {"pretrain.epochs": 1, "sft.epochs": 1, "classifiers.epochs": 2, "ppo.iterations": 4}
 SCALED = ("sft", "generate", "ppo")
 FACTORS = (0.5, 1, 2, 4)
+STARTUP_ROW = "startup, train_ppo.py until iteration 1"
 
 
 def prepare(
@@ -78,16 +79,15 @@ def measure(row: Row, settings: Settings, known: dict[str, list[Check]], timed: 
         if not timed:
             return result | {"state": "agrees"}
 
-        # One uncounted run each; then as many steps a run as fill the time, the same number on both sides. A run of
-        # conversations is an epoch, minutes of it: the first call was one, with every shape compiled.
-        times = 1
+        # Uncounted runs until each side is warm; then as many steps a run as fill the time. A run of conversations is an
+        # epoch, minutes of it: the first call was one, with every shape compiled.
+        times = [1, 1]
         if row.work != "conversations":
-            warm = [ask({"do": "run", "times": 1})["seconds"] for ask in sides]
-            times = max(1, math.ceil(settings.seconds / statistics.mean(warm)))
+            times = [max(1, math.ceil(settings.seconds / warm_up(ask))) for ask in sides]
         seconds: list[list[float]] = [[], []]
         for _ in range(settings.repeats):
-            for ask, taken in zip(sides, seconds, strict=True):
-                taken.append(ask({"do": "run", "times": times})["seconds"] / times)
+            for ask, taken, n in zip(sides, seconds, times, strict=True):
+                taken.append(ask({"do": "run", "times": n})["seconds"] / n)
         peaks = [ask({"do": "memory"})["peak_bytes"] for ask in sides]
 
     medians = [statistics.median(taken) for taken in seconds]
@@ -110,6 +110,16 @@ def measure(row: Row, settings: Settings, known: dict[str, list[Check]], timed: 
         "peak_bytes": peaks,
         "first_call_seconds": [first["compile_seconds"], second["compile_seconds"]],
     }
+
+
+def warm_up(ask: Ask) -> float:
+    """Runs until one is no more than a tenth faster than the one before it, ten at most -> the seconds of that one."""
+    last = ask({"do": "run", "times": 1})["seconds"]
+    for _ in range(9):
+        before, last = last, ask({"do": "run", "times": 1})["seconds"]
+        if last > 0.9 * before:
+            break
+    return last
 
 
 class Machine(NamedTuple):
@@ -140,7 +150,7 @@ def ask_machine(settings: Settings, scripts: Sequence[str], measured: bool, tiny
 def measure_startup(settings: Settings) -> dict[str, Any]:
     """scripts/train_ppo.py from its launch until metrics.jsonl has the line of iteration 1: with an empty compilation
     cache, then again with the cache that this start has filled. What both need (the SFT model, the classifiers) is made
-    before. A process a start; the ratio is empty / filled."""
+    before. A process a start, as a user starts it: --threads and --malloc do not hold here. The ratio is empty / filled."""
     run_dir = settings.folder / "startup"
     log = run_dir / "metrics.jsonl"
     flags = [part for name, value in STARTUP.items() for part in (f"--{name}", str(value))]
@@ -182,7 +192,7 @@ def measure_startup(settings: Settings) -> dict[str, Any]:
     empty, filled = ([pair[i] for pair in pairs] for i in (0, 1))
     ratio, *spread = ratio_and_spread(filled, empty)
     return {
-        "name": "startup, train_ppo.py until iteration 1",
+        "name": STARTUP_ROW,
         "model": "quickstart",
         "sides": ["filled cache", "empty cache"],
         "state": "timed",
@@ -195,10 +205,10 @@ def measure_startup(settings: Settings) -> dict[str, Any]:
     }
 
 
-def measure_scaling(settings: Settings, size: Size, shape: Shapes) -> list[dict[str, Any]]:
+def measure_scaling(settings: Settings, size: Size, shape: Shapes) -> Iterator[dict[str, Any]]:
     """Our seconds and peak memory of an SFT step, a generation and a PPO iteration, against batch and against length:
-    FACTORS times the usual one. A process a point, so that no point inherits another's memory."""
-    points = []
+    FACTORS times the usual one. A process a point, so that none inherits another's memory, or loses the others by taking
+    too much of it."""
     for work in SCALED:
         for axis in ("batch", "length"):
             for factor in FACTORS:
@@ -211,13 +221,18 @@ def measure_scaling(settings: Settings, size: Size, shape: Shapes) -> list[dict[
                 rows = make_rows([work], [model], {model: size}, {model: scaled}, quick=True)
                 row = rows[0]
                 ours = {**row.ours_task, **({"value_head": "shared"} if work == "ppo" else {})}
-                with settings.worker("benchmark_jax.py") as ask:
-                    prepare(row, ask, settings, "ours", check=False, timed=True, **ours)
-                    seconds = [ask({"do": "run", "times": 1})["seconds"] for _ in range(1 + settings.repeats)][1:]
-                    peak = ask({"do": "memory"})["peak_bytes"]
+                name = f"scaling {work}, {axis} {grown[i]}"
+                point = {"name": name, "work": work, "axis": axis, "value": grown[i], "shape": grown, "state": "timed"}
+                try:
+                    with settings.worker("benchmark_jax.py") as ask:
+                        prepare(row, ask, settings, "ours", check=False, timed=True, **ours)
+                        warm_up(ask)
+                        seconds = [ask({"do": "run", "times": 1})["seconds"] for _ in range(settings.repeats)]
+                        peak = ask({"do": "memory"})["peak_bytes"]
+                    point |= {"seconds": statistics.median(seconds), "peak_bytes": peak}
+                    memory = "" if peak is None else f", {peak / 2**20:,.0f} MiB"
+                    console.print(f"{name}: {point['seconds']:.4g} s{memory}")
+                except BenchmarkError as error:
+                    point["state"] = f"failed: {error}"
                 shutil.rmtree(settings.folder / model)
-                point = {"work": work, "axis": axis, "value": grown[i], "shape": grown}
-                points.append({**point, "seconds": statistics.median(seconds), "peak_bytes": peak})
-                memory = "" if peak is None else f", {peak / 2**20:,.0f} MiB"
-                console.print(f"scaling {work}, {axis} {grown[i]}: {points[-1]['seconds']:.4g} s{memory}")
-    return points
+                yield point

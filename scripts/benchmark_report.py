@@ -45,9 +45,12 @@ def best_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for work in dict.fromkeys(r["name"].split(",")[0] for r in results if r.get("work") == "sft" and "ratio" in r):
         rows = [r for r in results if r["name"].split(",")[0] == work and r.get("measure") == "seconds"]
-        ours, theirs = (
-            (min((r["seconds"][i], r["sides"][i]) for r in rows) for i in (0, 1)) if len(rows) > 1 else (0, 0)
-        )
+        taken: tuple[dict[str, list[float]], dict[str, list[float]]] = {}, {}
+        for r in rows:
+            for side, label, seconds in zip(taken, r["sides"], r["seconds"], strict=True):
+                side.setdefault(label, []).append(seconds)  # one manner may have been timed in several rows
+        best = [min((statistics.median(found), label) for label, found in side.items()) for side in taken if side]
+        ours, theirs = best if len(rows) > 1 else (None, None)
         if ours and theirs:
             lines.append(
                 f"{work}: fastest of ours {ours[1]}, {ours[0]:.4g} s; of theirs {theirs[1]}, {theirs[0]:.4g} s: "

@@ -71,7 +71,7 @@ class Settings(NamedTuple):
     python: str  # of the peers
     threads: int
     repeats: int  # pairs
-    seconds: float  # least time of one run: short steps are repeated until they fill it
+    seconds: float  # about the least time of one run: short steps are repeated
     malloc: dict[str, str]
 
     def worker(self, script: str, row: str = "") -> contextlib.AbstractContextManager[Ask]:

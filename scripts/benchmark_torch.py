@@ -119,9 +119,11 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
         return loss
 
     loss, seconds = first_call(backward)
+    gradients = {}
     if task["check"]:
         gradients = {f"grad/{name}": numpy(p.grad) for name, p in named(model).items() if p.grad is not None}
-        update()
+    seconds += first_call(update)[1]
+    if task["check"]:
         losses = [float(loss)] + [float(step()) for _ in range(task["steps"] - 1)]
         worker.save(task["agree"], gradients | {"losses": losses})
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(step)
@@ -162,14 +164,15 @@ def prepare_generate(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
         max_new_tokens=length, min_new_tokens=length, use_cache=True, eos_token_id=None, pad_token_id=None, **chosen
     )
 
-    def step() -> torch.Tensor:
+    def step(**how: Any) -> torch.Tensor:
         with torch.inference_mode():
-            return model.generate(tokens, attention_mask=mask)[:, tokens.shape[1] :]
+            return model.generate(tokens, attention_mask=mask, **how)[:, tokens.shape[1] :]
 
     reply, seconds = first_call(step)
     assert reply.shape == (len(tokens), length)
     if task["check"]:
-        worker.save(task["agree"], {"tokens": reply.cpu().numpy().astype(np.int32)})
+        greedy = step(do_sample=False, top_k=None)
+        worker.save(task["agree"], {"tokens": greedy.cpu().numpy().astype(np.int32)})
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(step)
 
 

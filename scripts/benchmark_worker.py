@@ -7,7 +7,7 @@ Standard library and numpy alone, so that a worker can live in any Python. One J
     {"do": "stream", "size"}              -> {"bytes": read and written a second by adding to that many bytes}
     {"do": "prepare", "work", ...}        -> {"compile_seconds", "agree": path of the .npz that the other side must equal}
     {"do": "run", "times": n}             -> {"seconds": of n runs}
-    {"do": "memory"}                      -> {"seconds", "peak_bytes": of one run}
+    {"do": "memory"}                      -> {"seconds", "peak_bytes": of one run; on a GPU of the process so far}
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src.array import ArrayImpl  # jax has no public word for "a device array's value on the host"
 
 from therapy_jax import config, ppo, sft, sharding
 
@@ -36,6 +37,7 @@ def watch(monkeypatch, module, name: str) -> dict[str, list]:
     guard: an argument that was not put on the device by name raises. Fetches are counted by size."""
     seen: dict[str, list] = {"traced": [], "calls": [], "fetched": [], "put": [], "events": []}
     step, jit, get, put = getattr(module, name), jax.jit, jax.device_get, sharding.split_batch
+    value, getting = ArrayImpl._value, []
 
     @functools.wraps(step)
     def traced(*args, **kwargs):
@@ -58,16 +60,27 @@ def watch(monkeypatch, module, name: str) -> dict[str, list]:
     def counted_get(tree):
         seen["fetched"].append(sum(np.size(x) for x in jax.tree.leaves(tree)))
         seen["events"].append(seen["fetched"][-1])
-        return get(tree)
+        getting.append(1)
+        try:
+            return get(tree)
+        finally:
+            getting.pop()
+
+    def counted_value(array):  # what float(), np.asarray() and print() of an array on the device come to
+        if not getting:
+            seen["events"].append("read without device_get")
+        return value.fget(array)
 
     def counted_put(mesh, tree):
         seen["put"].append(1)
+        seen["events"].append("put")
         return put(mesh, tree)
 
     monkeypatch.setattr(module, name, traced)
     monkeypatch.setattr(jax, "jit", guarded_jit)
     monkeypatch.setattr(jax, "device_get", counted_get)
     monkeypatch.setattr(sharding, "split_batch", counted_put)
+    monkeypatch.setattr(ArrayImpl, "_value", property(counted_value))
     return seen
 
 
@@ -91,6 +104,9 @@ def test_sft_compiles_once_a_shape_and_fetches_what_it_logs(row_tokens, tmp_path
         for json_line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
         if '"sft"' in json_line
     ]
+    first, *_, last = (i for i, event in enumerate(seen["events"]) if event == "step")
+    within = [event for event in seen["events"][first:last] if not isinstance(event, int)]
+    assert within == ["step", "put"] * (steps - 1), "one batch in a step; what comes out is fetched by name"
     small = [size for size in seen["fetched"] if size <= 10]
     assert len(small) == len(logged) < steps  # the numbers of a logged step, and of no other
 
@@ -105,5 +121,5 @@ def test_ppo_compiles_once_and_fetches_what_it_logs(tmp_path, monkeypatch):
     assert len(seen["calls"]) == 4 and len(seen["traced"]) == 1
     starts = [i for i, event in enumerate(seen["events"]) if event == "step"]
     for a, b in itertools.pairwise(starts):  # no evaluation in between: scalars alone, never replies or parameters
-        (size,) = seen["events"][a + 1 : b]
-        assert 30 < size < 200
+        *puts, size = sorted(seen["events"][a + 1 : b], key=str, reverse=True)
+        assert 30 < size < 200 and puts == ["put"], "one batch in, one handful of numbers out"

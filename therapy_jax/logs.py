@@ -177,12 +177,17 @@ def note_environment(folder: Path, stage: str, seconds: float, went_on: bool = T
 def commit() -> str | None:
     """The commit of the code that runs, "+" where it has uncommitted changes; None outside git."""
     here = Path(__file__).parent
+    scripts = here.parent / "scripts"
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         )
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno", "--", here], cwd=here, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno", "--", here, scripts],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
