@@ -68,6 +68,9 @@ def main(config: Config) -> None:
         )
     if too_long:
         run.warn(f"{too_long} exchanges left out, for all systems: the prompt has more than {room} tokens")
+    trained = origin.settings(stages.model_of(folder, "ppo")) if "ppo" in cfg.systems else None
+    if trained is not None and trained.rewards != config.rewards:
+        run.warn("ppo was trained with other rewards than these, with which `reward` is computed: give its own config")
     gold = [e.therapist.emotion for e in chosen]
     scorer = stages.make_scorer(folder, config, data, gpt2_config, params, tokenizer)
     refs = reward_batch.make_references(chosen, scorer.trunk, tokenizer, model=scorer.model)

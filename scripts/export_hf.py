@@ -34,7 +34,7 @@ def main(config: Config, options: Options) -> None:
         raise ConfigError(
             f"{folder}: no {what} model here ({held}); run scripts/train_sft.py and train_ppo.py with this --run_dir first"
         )
-    record = read_record(folder, config)
+    record = read_record(folder, config, stage)
     out = Path(options.out).expanduser() if options.out else folder / stage / "export"
     card = out / "README.md"
     ours = card.is_file() and TAGS in card.read_text(encoding="utf-8", errors="replace")

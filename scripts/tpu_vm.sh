@@ -112,7 +112,8 @@ collect() {
   if [[ "$run_dir" == gs://* ]]; then
     step gcloud storage rsync --recursive "$run_dir" "$target" ${project:+--project="$project"}
   else
-    tpu tpu-vm scp --recurse "$name:therapy_jax/$run_dir" "$to/" --worker=0
+    [[ "$run_dir" == /* ]] || run_dir=therapy_jax/$run_dir
+    tpu tpu-vm scp --recurse "$name:$run_dir" "$to/" --worker=0
   fi
   tpu tpu-vm scp "$name:therapy_jax/run.log" "$target/run.log" --worker=0
 }

@@ -92,6 +92,7 @@ def main(config: Config) -> None:
     validation = {"validation": dataclasses.asdict(run.decoding(config))}  # scores that choose must be of one decoding
     same_anywhere = dataclasses.replace(gpt2_config, mesh=None, remat=False)  # a run may go on with other devices
     belongs_to = {"stage": "ppo", "model": dataclasses.asdict(same_anywhere), **settings, **validation, **trunk}
+    belongs_to["content"] = origin.content(dialogues)
     best_metric, mode = (
         f"validation/{cfg.keep_best.removeprefix('-')}",
         "min" if cfg.keep_best.startswith("-") else "max",
@@ -135,6 +136,7 @@ def main(config: Config) -> None:
     iterate = compile_iteration(config, model, tx, state, ready, scorer, mesh)
     finished = done
     with (
+        logs.noting(folder, "ppo", began),
         run.progress("ppo", cfg.iterations, done) as advance,
         stopping.deferred(),
         run.count_compilations() as compiled,
@@ -163,7 +165,6 @@ def main(config: Config) -> None:
                 run.give_up(folder, "ppo", finished, line, prompts_of(config, ready, finished - 1))
             if stop:
                 logs.copy_logs(folder)
-                logs.note_environment(folder, "ppo", time.monotonic() - began)
                 raise stopping.Stopped(f"ppo: stopped by {stop} at iteration {finished} of {cfg.iterations}, saved")
     logs.copy_logs(folder)
     if stopped:

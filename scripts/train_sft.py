@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ def main(config: Config) -> None:
 
     sections = ("seed", "data", "model", "tokenizer", "prompt", "pretrain", "sft")
     params = fit(
-        "sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections
-    )
+        "sft", folder, config.sft, gpt2_config, params, batch_of, per_epoch, validation, mesh, config,
+        belongs_to("sft", config, sections, dialogues),
+    )  # fmt: skip
     origin.note(folder / "sft" / "model", config, dialogues["train"], folder / "base" / "model")
     weights.save_pretrained(folder / "sft" / "model", gpt2_config, params, tokenizer)
     console.print(f"sft: best model in {run.escape(str(folder / 'sft' / 'model'))}")
@@ -259,7 +260,17 @@ def pretrain(
     ]
     validation = [batching.unsupervised(part) for part in parts]
     sections = ("seed", "data", "model", "tokenizer", "pretrain")
-    return fit("base", folder, training, gpt2_config, params, batch_of, per_epoch, validation, mesh, config, sections)
+    return fit(
+        "base", folder, training, gpt2_config, params, batch_of, per_epoch, validation, mesh, config,
+        belongs_to("base", config, sections, corpora),
+    )  # fmt: skip
+
+
+def belongs_to(stage: str, config: Config, sections: Sequence[str], read: Any) -> dict[str, Any]:
+    """What a checkpoint of the stage goes on with, and with nothing else. read: the data."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name in sections}
+    settings["model"].pop("remat")  # a run may go on with other devices, and less memory
+    return {"stage": stage, **settings, "content": origin.content(read)}
 
 
 def fit(
@@ -273,7 +284,7 @@ def fit(
     validation: list[Batch],
     mesh: Mesh,
     config: Config,
-    sections: tuple[str, ...],
+    identity: dict[str, Any],
 ) -> Any:
     """The loop of both stages: step, log, validate, save -> the parameters with the lowest validation loss."""
     began = time.monotonic()
@@ -283,10 +294,9 @@ def fit(
     tx = sft.optimizer(training, steps)
     state = sharding.make_state(mesh, functools.partial(sft.init_state, tx=tx), sharding.place(mesh, params))
     mine = sharding.my_rows(mesh, training.batch_size)
-    belongs_to = {"stage": stage, **{k: v for k, v in dataclasses.asdict(config).items() if k in sections}}
     scores: dict[int, float] = {}  # validation losses, which say what checkpoint.manager keeps beside the newest
     manager = checkpoint.manager(folder / stage / "checkpoints", "min", scores)
-    restored = checkpoint.restore(manager, state, belongs_to, say=run.warn)
+    restored = checkpoint.restore(manager, state, identity, say=run.warn)
     state, done, unlogged = restored or (state, 0, None)
     lines = logs.take_up(folder, stage, done)
     scores |= {step: line["validation_loss"] for step, line in lines.items() if "validation_loss" in line}
@@ -325,7 +335,11 @@ def fit(
                 line["validation_loss"] = scores[step] = logs.plain(validate(state.params))
         logs.log(folder, stage, step, line, began)
 
-    with run.progress(stage, steps, done) as advance, stopping.deferred():
+    with (
+        logs.noting(folder, stage, began),
+        run.progress(stage, steps, done) as advance,
+        stopping.deferred(),
+    ):
         if unlogged is not None and done not in lines:
             complete(done, unlogged)
         for step in range(done, steps):
@@ -339,23 +353,22 @@ def fit(
             bad = line is not None and line["bad_in_a_row"] >= training.max_bad_updates
             if is_evaluated(finished) or stop or bad:
                 logs.copy_logs(folder)
-                checkpoint.save(manager, finished, state, belongs_to, line)
+                checkpoint.save(manager, finished, state, identity, line)
             if line is not None:
                 complete(finished, line)
                 run.release_freed_memory()
                 advance(finished, **{k: v for k, v in line.items() if "loss" in k})
             if bad and line is not None:
                 logs.copy_logs(folder)
-                run.give_up(folder, stage, finished, line, ids(batch_of(step, mine)))
+                run.give_up(folder, stage, finished, line, ids(batch_of(step, np.arange(training.batch_size))))
             if stop:
                 logs.copy_logs(folder)
-                logs.note_environment(folder, stage, time.monotonic() - began)
                 raise stopping.Stopped(f"{stage}: stopped by {stop} at step {finished} of {steps}, saved")
     logs.copy_logs(folder)
 
     best = checkpoint.best(manager.all_steps(), scores, "min")
     if best != steps:
-        restored = checkpoint.restore(manager, state, belongs_to, checkpoint.ranking(scores, "min"), run.warn)
+        restored = checkpoint.restore(manager, state, identity, checkpoint.ranking(scores, "min"), run.warn)
         assert restored is not None
         state, best, _ = restored
     lowest = scores.get(best, math.nan)

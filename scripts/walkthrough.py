@@ -25,7 +25,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from therapy_jax import files, run
+from therapy_jax import files, run, safety
+from therapy_jax.cleaning import clean_line
 from therapy_jax.config import Config, ConfigError, MeshConfig
 from therapy_jax.dialogue import EMOTIONS, Dialogue, Exchange, Turn, exchanges
 
@@ -50,8 +51,15 @@ def main(config: Config, options: Options) -> None:
     ppo.check(config.sampling)
     if options.emotion not in (None, *EMOTIONS):
         raise ConfigError(f"--emotion {options.emotion!r} is none of the emotions: {', '.join(EMOTIONS)}")
-    if options.text is not None and not options.text.strip():
+    if options.text is not None:
+        options = dataclasses.replace(options, text=clean_line(options.text))  # as models read it, the gate reads it
+    if options.text == "":
         raise ConfigError("--text is empty; give a sentence, such as --text 'My sister stopped calling me.'")
+    if options.text is not None:
+        say(safety.DISCLOSURE)
+        if found := safety.crisis(options.text):  # before any model reads it
+            say(safety.answer(found.kind, config.safety))
+            return
     run.use_cache(config)
     dialogues = run.read_data(config.data, config.seed)
     with models(config, dialogues) as (folder, config):
@@ -90,10 +98,10 @@ def walk(bench: Any, config: Config, exchange: Exchange, where: str) -> None:
     title("The exchange", "dialogue.py")
     say(f"A client turn, the turns before it, and the therapist's reply to it. {where}")
     for turn in exchange.context:
-        row(f"context, {turn.speaker}", turn.text)
-    row("client", exchange.client.text)
+        row(f"context, {turn.speaker}", shown(turn.text))
+    row("client", shown(exchange.client.text))
     row("client's emotion", exchange.client.emotion or "not annotated")
-    row("therapist", exchange.therapist.text)
+    row("therapist", shown(exchange.therapist.text))
     row("therapist's emotion", exchange.therapist.emotion or "not annotated")
 
     title("The prompt", "prompts.py, batching.py")
@@ -127,6 +135,9 @@ def walk(bench: Any, config: Config, exchange: Exchange, where: str) -> None:
         loupe.words_of(tokenizer, row[counts].tolist())
         for row, counts in zip(np.asarray(reply.tokens), mask, strict=True)
     ]
+    if any(safety.check_reply("".join(words)) for words in replies):
+        say(f"{safety.WITHHELD} The walk ends here; another --seed draws other replies.")
+        return
     for i, words in enumerate(replies):
         row(f"reply {i}", shown("".join(words)))
     words = replies[0]

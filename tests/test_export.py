@@ -1,11 +1,13 @@
 """Handing a model on: others' programs must read, prompt and run it as we do; the card must say what the run says."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -487,6 +489,26 @@ def test_how_training_went(tmp_path):
     assert "**alarms: 1**, the last one: reward rises while distinct2 falls" in text
     assert "rloo" not in text and "untrained" not in text
     assert "validation reward" not in a_card(tmp_path, stage="sft", metrics=lines)
+    assert "the policy is that of iteration 4; " in text and "it ended after 8 of them" in text
+
+    # What is kept by another metric is told by that one, and a run that made nothing better says so.
+    for line, meteor in zip(lines[2:], (0.3, 0.2, 0.1), strict=True):
+        line["validation/meteor"] = meteor
+    kept = a_card(tmp_path, metrics=lines, cfg=Config(ppo=config.PPOConfig(keep_best="meteor", iterations=8)))
+    assert "validation meteor 0.3000 before, 0.3000 at best; no iteration was better: the policy is the SFT" in kept
+    assert "it ended after" not in kept
+
+
+def test_settings_are_those_of_the_training(run_folder, tokenizer, tmp_path):
+    """config.yaml is that of the last script: an evaluation may have had other weights of the reward."""
+    folder = shutil.copytree(run_folder[0], tmp_path / "run")
+    trained = dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, kl_coef=0.3))
+    origin.note(folder / "ppo" / "model", trained, [])
+    (folder / "config.yaml").write_text(config.to_yaml(CONFIG), encoding="utf-8")
+    assert card.read_record(folder, CONFIG, "ppo").config == trained
+    assert card.read_record(folder, CONFIG, "sft").config == CONFIG
+    (folder / "ppo" / "model" / origin.SETTINGS).unlink()  # of a model from elsewhere
+    assert card.read_record(folder, CONFIG, "ppo").config == CONFIG
 
 
 def test_markup_in_names_and_data_stays_text(tmp_path):

@@ -201,8 +201,10 @@ def test_a_separate_critic_learns_alone_during_its_warm_up():
     for before, after in zip([start, *states], states[:2], strict=False):
         assert equal(after.params["policy"], start.params["policy"])
         assert not equal(after.params["value"]["head"], before.params["value"]["head"])
-    moments = jax.tree.leaves(states[1].opt_state[1].inner_states["policy"])
-    assert not any(np.any(x) for x in moments if x.dtype == np.float32)  # nor does Adam remember what it did not do
+    waiting = jax.tree.leaves(states[1].opt_state[1].inner_states["policy"])
+    assert not any(np.any(x) for x in waiting)  # nor does Adam remember or count what it did not do
+    counts = [x for x in jax.tree.leaves(states[2].opt_state[1].inner_states["policy"]) if x.dtype == np.int32]
+    assert counts and {int(x) for x in counts} == {CFG.epochs * CFG.minibatches}
     assert not equal(states[1].params["value"]["trunk"], start.params["value"]["trunk"])
     assert not equal(states[2].params["policy"], start.params["policy"])
     assert equal(states[2].ref_params, start.ref_params)

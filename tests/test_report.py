@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import page, plots, report, results_table
+from therapy_jax import logs, page, plots, report, results_table
 from therapy_jax.config import Config
 from therapy_jax.files import write_json
 
@@ -174,8 +175,26 @@ def test_a_report_that_fails_says_so_and_loses_nothing(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
     report.finish(dataclasses.replace(Config(), run_dir=str(tmp_path)))
     said = " ".join(capsys.readouterr().out.split())
-    assert "report.html could not be written (JSONDecodeError" in said and "the run itself is whole" in said
+    assert (
+        "report.html could not be written (ConfigError" in said
+        and "results.json: not valid JSON" in said
+        and "the run itself is whole" in said
+    )
     assert (tmp_path / "results.json").read_text() == "{"
+
+
+def test_numbers_that_left_the_numbers_and_files_of_others(tmp_path):
+    """What one looks at a report for: a loss that became infinite, a log that was cut within a letter, a folder without settings."""
+    lines = [{"stage": "sft", "step": 1, "loss": math.inf}, {"stage": "ppo", "step": "<b>9</b>", "alarm": "x"}]
+    log = (
+        "".join(json.dumps(line) + "\n" for line in lines).encode() + '{"stage": "ppo", "text": "it\u2019'.encode()[:-1]
+    )
+    (tmp_path / "metrics.jsonl").write_bytes(log)
+    assert [line["step"] for line in logs.read_log(tmp_path / "metrics.jsonl")] == [1, "<b>9</b>"]
+    html = report.write_report(tmp_path, Config()).read_text()
+    assert "<b>9</b>" not in html and "&lt;b&gt;9" in html
+    assert "built-in sample" not in html and "width 128" not in html, "the settings of whoever looks are not the run's"
+    assert f"<h1>{tmp_path.name}</h1>" in html
 
 
 def test_tints_are_the_sign_and_the_size():

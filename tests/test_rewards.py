@@ -185,6 +185,21 @@ def test_terms_on_mesc_equal_rouge_score(kind, shared_data: Path):
     assert_terms_equal_rouge_score(data["validation"], [said[i] for i in chosen], tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ("I hear you.", True), ("Do you?", True), ('"Stop."', True), ("You said \u201cstop.\u201d", True), ("I hear you. ", True),
+        ("(I do.)", True), ("I hear you", False), ("you.and", False), ("\u201d", False), ("...", True),
+    ],
+)  # fmt: skip
+def test_a_reply_ends_as_a_sentence_whatever_closes_it(said, ends, tokenizer):
+    eos, text = tokenizer.convert_tokens_to_ids([prompts.EOS, "<|text|>"])
+    exchange = dialogue.Exchange("a", (), dialogue.Turn("client", "No."), dialogue.Turn("therapist", "Yes.", "joy"))
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    b = make_batch([[text, *ids, eos]], [exchange], tokenizer)
+    assert b.ends_sentence.tolist() == [ends]
+
+
 def test_structure_of_a_reply(tokenizer):
     """Emotion, text, end: read from ids in the order in which the model may have written them."""
     eos, text, reply = tokenizer.convert_tokens_to_ids([prompts.EOS, "<|text|>", "<|reply|>"])

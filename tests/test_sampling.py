@@ -289,6 +289,20 @@ def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
     np.testing.assert_array_equal(kept[:, :200], np.isfinite(theirs.numpy())[:, :200])
 
 
+@pytest.mark.parametrize("top_p", [0.9999999, 1 - 1e-9])
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_all_stay_where_rounding_keeps_the_sum_below_top_p(top_k, top_p):
+    """The masses of a row, summed in float32, may never reach it; then nothing is cut, and no spare column is ever drawn."""
+    rows, lowest = 512, np.finfo(np.float32).min
+    logits = np.full((rows, 384), lowest, np.float32)
+    logits[:, :300] = np.random.default_rng(0).normal(0, 3, (rows, 300))
+    kept = sampling.keep_likely(jnp.asarray(logits), top_k, top_p)
+    whole = sampling.keep_likely(jnp.asarray(logits), top_k, 1.0)
+    assert np.asarray(kept > lowest).any(1).all()
+    uniform = jax.random.uniform(jax.random.key(0), (rows,))
+    np.testing.assert_array_equal(sampling.draw(kept, uniform), sampling.draw(whole, uniform))
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (0, 0.9), (1, 1.0), (2, 1.0), (15, 1.0), (15, 0.7), (19, 1.0), (999, 0.9)]
 )

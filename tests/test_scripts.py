@@ -95,6 +95,8 @@ def test_every_config_loads_and_round_trips(path, tmp_path):
         (["--pretrain", '{"block_tokens": 0}'], "block_tokens"),
         (["--sft.epochs", ".inf"], "sft.epochs"),
         (["--ppo.kl_target", "3", "--ppo.kl_horizon", "6"], "ppo.kl_horizon"),
+        (["--ppo.kl_target", "3", "--ppo.kl_coef", "0"], "ppo.kl_coef, which must be above 0"),
+        (["--sampling.temperature", "1e-40"], "at least 1e-4"),
         (["--sft", "null"], "sft"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from therapy_jax import config, gpt2, ppo, sampling, sharding, weights
+from therapy_jax import config, gpt2, ppo, safety, sampling, sharding, weights
 from therapy_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TokenizerConfig
 from therapy_jax.dialogue import Exchange, Turn
 from therapy_jax.rewards.batch import RewardBatch
@@ -108,6 +108,14 @@ def test_from_a_run_folder_with_ones_own_sentence(walkthrough, tiny, tmp_path, c
     assert EVIL in said and "the nearest client of train stands in" in said
     assert abs(float(re.search(r"k1 (-?[\d.]+)", said)[1])) > 1e-3  # type: ignore[index]
     assert not (folder / "config.yaml").exists() and not (folder / "report.html").exists()
+
+
+def test_a_message_of_crisis_is_met_before_any_model(walkthrough, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(walkthrough, "models", None)  # nobody gets that far
+    _, options = config.parse_with(walkthrough.Options, ["--text", "I want to kill my<b></b>self tonight"])
+    walkthrough.main(tiny, options)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(safety.DISCLOSURE[:40]) and "a person can" in said
 
 
 def test_meanings_are_the_comments_in_the_source(walkthrough):

@@ -164,7 +164,7 @@ def fixed_of(config: Config, model: gpt2.GPT2Config) -> Fixed:
     size, width = model.padded_vocab_size, model.n_embd
     flags, hashes, number = shape_of(size, dtype=bool), shape_of(size, dtype=jnp.uint32), shape_of(dtype=jnp.int32)
     words = shape_of(len(EMOTIONS), 3, dtype=jnp.int32)
-    vocabulary = Vocabulary(flags, flags, flags, hashes, hashes, flags, words, number, number, number)
+    vocabulary = Vocabulary(flags, flags, flags, hashes, hashes, flags, flags, words, number, number, number)
     heads = classifiers.make_heads(config.classifiers)
     emotion, strategy = (
         jax.eval_shape(heads[name].init, jax.random.key(0), shape_of(1, readings.width(name, width)))["params"]

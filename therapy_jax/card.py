@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from therapy_jax import checkpoint, logs, origin
 from therapy_jax import config as config_module
 from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import EMOTIONS
@@ -38,11 +39,13 @@ class Record(NamedTuple):
     metrics: list[dict[str, Any]]
 
 
-def read_record(folder: Path, config: Config) -> Record:
-    """`config` counts where the run has none of its own. Raises ConfigError where the two ask for different prompts, or a
-    file cannot be read."""
-    if (folder / "config.yaml").is_file():
-        own = config_module.load(folder / "config.yaml")
+def read_record(folder: Path, config: Config, stage: str) -> Record:
+    """With the settings that the stage was trained with; `config` counts where the run does not tell them. Raises ConfigError
+    where the two ask for different prompts, or a file cannot be read."""
+    own, path = origin.settings(folder / stage / "model"), folder / "config.yaml"
+    if own is None and path.is_file():
+        own = config_module.load(path)
+    if own is not None:
         if own.prompt != config.prompt:
             kept, asked = dataclasses.asdict(own.prompt), dataclasses.asdict(config.prompt)
             differing = ", ".join(f"prompt.{k} was {v}, now {asked[k]}" for k, v in kept.items() if v != asked[k])
@@ -53,11 +56,10 @@ def read_record(folder: Path, config: Config) -> Record:
 
     def read(name: str) -> Any:
         path = folder / name
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if name.endswith(".jsonl"):
+            return logs.read_log(path)
         try:
-            if name.endswith(".jsonl"):
-                return [json.loads(line) for line in text.split("\n") if line.endswith("}")]  # not one cut by a kill
-            return json.loads(text or "{}")
+            return json.loads(path.read_bytes() if path.is_file() else "{}")
         except ValueError as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from error
 
@@ -84,6 +86,19 @@ def named(data: DataConfig) -> str:
     return f"{escape(Path(data.path).name)} (format {data.format})"
 
 
+def kept_policy(keep_best: str, logged: Sequence[dict[str, Any]]) -> list[str]:
+    """Which iteration's policy it is, and by which figure of validation: as train_ppo.py chooses."""
+    name, mode = keep_best.removeprefix("-"), "min" if keep_best.startswith("-") else "max"
+    found = {line["step"]: line[f"validation/{name}"] for line in logged if f"validation/{name}" in line}
+    if not found:
+        return []
+    step = checkpoint.best(list(found), found, mode)
+    came = (
+        f"the policy is that of iteration {step}" if step else "no iteration was better: the policy is the SFT model's"
+    )
+    return [f"validation {escape(name)} {found[min(found)]:.4f} before, {found[step]:.4f} at best; {came}"]
+
+
 def training(record: Record, stage: str) -> str:
     """The stages up to this one: what was done, with which settings, when and on what."""
     config = record.config
@@ -106,9 +121,11 @@ def training(record: Record, stage: str) -> str:
     for name in list(STAGES)[: list(STAGES).index(stage) + 1]:
         logged = [line for line in record.metrics if line["stage"] == name]
         losses = [line["validation_loss"] for line in logged if "validation_loss" in line]
-        rewards = [line["validation/reward"] for line in logged if "validation/reward" in line]
         done[name] += [f"lowest validation loss {min(losses):.4f}"] if losses else []
-        done[name] += [f"validation reward {rewards[0]:.4f} before, {max(rewards):.4f} at best"] if rewards else []
+        if name == "ppo":
+            done[name] += kept_policy(ppo.keep_best, logged)
+            if logged and logged[-1]["step"] < ppo.iterations:
+                done[name].append(f"it ended after {logged[-1]['step']} of them")
         if alarms := [line for line in logged if "alarm" in line]:
             done[name].append(f"**alarms: {len(alarms)}**, the last one: {escape(alarms[-1]['alarm'])}")
         if was := record.environment.get(name):
@@ -275,5 +292,5 @@ trivial answers. Out of scope: anybody's care, triage, diagnosis or advice, and 
   and the rows on variety, length and emotion as well.
 - It may encourage harm, judge, or miss what matters. It was not tested with people.
 - It repeats the biases of its data, and may repeat phrases of the conversations that it was trained on.
-- It reads one language, that of its data, and emotions as {len(EMOTIONS)} words.
+- It reads one language, that of its data, and emotions as {len(emotions) or "no"} words.
 """

@@ -296,7 +296,10 @@ class SamplingConfig:
 
     def __post_init__(self):
         require(self.max_new_tokens > 0, f"max_new_tokens must be above 0, not {self.max_new_tokens}")
-        require(self.temperature >= 0, f"temperature must be 0 (greedy) or above, not {self.temperature}")
+        require(
+            self.temperature == 0 or self.temperature >= 1e-4,  # logits of less would leave float32
+            f"temperature must be 0 (greedy) or at least 1e-4, not {self.temperature}",
+        )
         require(self.top_k >= 0, f"top_k must be 0 (off) or above, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
 
@@ -389,6 +392,9 @@ class PPOConfig:
             f"of ppo.minibatches ({self.minibatches})",
         )
         require(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target must be above 0, not {self.kl_target}")
+        require(
+            self.kl_target is None or self.kl_coef > 0, "ppo.kl_target multiplies ppo.kl_coef, which must be above 0"
+        )
         rate = self.critic_learning_rate
         require(rate is None or rate >= 0, f"ppo.critic_learning_rate must be 0 or above, not {rate}")
         require(self.max_kl is None or self.max_kl > 0, f"ppo.max_kl must be above 0, not {self.max_kl}")

@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,11 @@ def copy_logs(folder: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that a kill has cut is left out."""
+    """The lines of a log; one that a kill or a full disk has cut, be it within a letter, is left out."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: U+2028 may stand in a reply
+    for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
@@ -147,6 +147,19 @@ def is_noted(folder: Path, stage: str) -> bool:
     """Whether environment.json knows of the stage; one that was killed between its last checkpoint and its end is not in it."""
     path = folder / "environment.json"
     return path.is_file() and stage in json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def noting(folder: Path, stage: str, began: float) -> Iterator[None]:
+    """Within: a signal or a refusal that ends the stage early leaves its seconds (since `began`) in environment.json."""
+    from therapy_jax.stopping import Stopped
+
+    try:
+        yield
+    except (Stopped, ConfigError):
+        with contextlib.suppress(OSError):  # it may have been a full disk
+            note_environment(folder, stage, time.monotonic() - began)
+        raise
 
 
 def note_environment(folder: Path, stage: str, seconds: float, went_on: bool = True) -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from therapy_jax import processes
-from therapy_jax.config import Config, ConfigError, PromptConfig
+from therapy_jax.config import Config, ConfigError, PromptConfig, load, to_yaml
 from therapy_jax.dialogue import Dialogue
-from therapy_jax.files import as_path, write_json
+from therapy_jax.files import as_path, write_json, write_text
 
 NAME = "origin.json"
+SETTINGS = "training.yaml"  # the run's own config.yaml is that of its last script, which may have had others
 
 
 def digest(dialogue: Dialogue) -> str:
@@ -28,9 +29,14 @@ def digest(dialogue: Dialogue) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def content(data: Any) -> str:
+    """A digest of all that was read, so that a checkpoint does not go on with other data under the same path."""
+    return hashlib.sha256(repr(data).encode()).hexdigest()[:16]
+
+
 def note(model: Path, config: Config, learnt: Iterable[Dialogue], before: Path | None = None) -> None:
     """model/origin.json: seed, prompt, the clients' emotions in `learnt`, and which conversations it has learnt from, those of the
-    model in the folder `before` among them. Before the weights are written."""
+    model in the folder `before` among them; model/training.yaml: all settings. Before the weights are written."""
     if processes.is_writer():
         known = read(before) if before is not None else None
         as_path(model).mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,13 @@ def note(model: Path, config: Config, learnt: Iterable[Dialogue], before: Path |
         felt = {turn.emotion for dialogue in learnt for turn in dialogue.turns if turn.speaker == "client"} - {None}
         told = {"seed": config.seed, "prompt": dataclasses.asdict(config.prompt), "emotions": sorted(map(str, felt))}
         write_json(model / NAME, {**told, "conversations": conversations})
+        write_text(model / SETTINGS, to_yaml(config))
+
+
+def settings(model: Path) -> Config | None:
+    """Those that it was trained with; None for a model that came without. Raises ConfigError where the file is damaged."""
+    path = model / SETTINGS
+    return load(path) if path.is_file() else None
 
 
 def read(model: Path) -> dict[str, Any] | None:

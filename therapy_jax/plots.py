@@ -47,6 +47,8 @@ def panel(
         tidy(axes, title.replace("$", r"\$"))
         axes.set_xlabel(x)
         low, high = (end(v for _, values in lines.values() for v in values) for end in (min, max))
+        if not np.isfinite([low, high]).all():  # a loss that left the numbers: matplotlib draws what can be drawn
+            low, high = 0.0, 1.0
         if high - low < 1e-6 * abs(low) or high == low:  # what does not change is a line in the middle
             axes.set_ylim(low - (abs(low) or 1.0), low + (abs(low) or 1.0))
         if legend and len(lines) > 2:

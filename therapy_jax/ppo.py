@@ -70,14 +70,17 @@ class Rollout(NamedTuple):
 
 def optimizer(cfg: PPOConfig) -> optax.GradientTransformation:
     """One clip by global norm, then AdamW, with a learning rate of its own for the critic."""
-    steps = cfg.iterations * cfg.epochs * cfg.minibatches
 
-    def adamw(peak: float) -> optax.GradientTransformation:
+    def adamw(peak: float, iterations: int) -> optax.GradientTransformation:
+        steps = max(iterations, 1) * cfg.epochs * cfg.minibatches
         rate = sft.schedule(peak, cfg.warmup_steps, steps, final=FINAL_RATE)
         return optax.adamw(rate, weight_decay=cfg.weight_decay, mask=sft.decayed)
 
     critic = cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate  # 0 is a rate, too
-    parts: dict[Any, Any] = {"policy": adamw(cfg.learning_rate), "value": adamw(critic)}
+    parts: dict[Any, Any] = {
+        "policy": adamw(cfg.learning_rate, cfg.iterations - cfg.critic_warmup),  # counted from its own first step
+        "value": adamw(critic, cfg.iterations),
+    }
     by_part = optax.partition(parts, {"policy": "policy", "value": "value"})
     return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), by_part)
 
@@ -190,7 +193,7 @@ def judge(
         "score_sd": scores.std(),
         "shaped_reward": rewards.sum(1).mean(),
         "kl": kl.sum(1).mean(),
-        "kl_k3": jnp.where(mask, jnp.exp(-kl) - 1 + kl, 0.0).sum(1).mean(),
+        "kl_k3": jnp.where(mask, jnp.expm1(-kl) + kl, 0.0).sum(1).mean(),
         "kl_coef": state.kl_coef,
         "entropy": masked_mean(entropy, mask),
         "reply_tokens": mask.sum(1).mean(),
@@ -236,7 +239,7 @@ def ppo_loss(
     metrics = {
         "policy_loss": masked_mean(policy_loss(logprobs, old, advantages, cfg.clip), mask),
         "clip_fraction": masked_mean((jnp.abs(ratio - 1) > cfg.clip).astype(jnp.float32), mask),
-        "update_kl": masked_mean(ratio - 1 - log_ratio, mask),
+        "update_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
         "ratio_gap": jnp.abs(ratio - 1).max(),
     }
     if cfg.estimator == "gae":
@@ -262,7 +265,7 @@ def ppo_update(
     the parts, each with all its replies.
 
     Once the policy has moved by more than cfg.max_update_kl, the rest of the update leaves it as it is (no early exit: the
-    program has one shape). In the first cfg.critic_warmup iterations the policy's gradients and updates are 0. Metrics are
+    program has one shape). In the first cfg.critic_warmup iterations neither policy nor its optimizer's state moves. Metrics are
     means over the steps that were taken; ratio_gap_start is the largest |ratio - 1| of the first one, before anything has
     moved; skipped counts the steps left out for the KL; those left out because loss or gradients were NaN or infinite are
     counted in state.bad_updates.
@@ -271,12 +274,18 @@ def ppo_update(
     value_and_grad = jax.value_and_grad(ppo_loss, has_aux=True)
     policy_learns = (state.step >= cfg.critic_warmup).astype(jnp.float32)
 
-    def warm(tree):  # gradients, so that Adam's moments stay clean; updates, for the weight decay
+    def warm(tree):  # gradients, for their common norm; updates, for the weight decay
         return {**tree, "policy": jax.tree.map(lambda x: x * policy_learns, tree["policy"])}
 
+    def hold(path, new, old):  # the policy's moments and step counts: bias correction and schedule begin when it does
+        policys = any(getattr(part, "key", None) == "policy" for part in path)
+        return jnp.where(policy_learns > 0, new, old) if policys else new
+
     def update(grads, opt_state, params):
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return warm(updates) if cfg.critic_warmup else updates, opt_state
+        updates, new = tx.update(grads, opt_state, params)
+        if not cfg.critic_warmup:
+            return updates, new
+        return warm(updates), jax.tree_util.tree_map_with_path(hold, new, opt_state)
 
     def take(x, indices):  # rows of these prompts, from [N, ...] or from [N * replies, ...]
         return x.reshape(prompts, -1, *x.shape[1:])[indices].reshape(-1, *x.shape[1:])

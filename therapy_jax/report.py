@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from therapy_jax import grid_results, logs, plots, results_table, run
-from therapy_jax.config import Config
+from therapy_jax import grid_results, logs, origin, plots, results_table, run
+from therapy_jax.config import Config, ConfigError
 from therapy_jax.files import as_path, is_remote, write_json, write_text
 from therapy_jax.page import CSS, PAGE, decimals, esc, figure, loupe_table, section, strip, table
 
@@ -69,7 +69,7 @@ def write_report(folder: Path, config: Config, loupe: bool = True) -> Path:
         head(folder, config, records, results),
         alarms(records),
         *([experiment(folder, results)] if is_grid else [systems(results)]),
-        curves(folder, records),
+        curves(folder, records, config.rewards.standardise),
         terms(folder, records, results),
         conversations(_json(folder / "answers.json") or []),
         samples(logs.read_log(folder / "samples.jsonl")),
@@ -112,11 +112,12 @@ def head(folder: Path, config: Config, records: Sequence[Mapping[str, Any]], res
     last = {r["stage"]: r["step"] for r in records}
     seconds = sum(stage.get("seconds", 0) for stage in noted.values())
     size = config.model.name or f"{config.model.n_layer} layers, width {config.model.n_embd}"
+    told = (folder / "config.yaml").is_file()  # else these would be the settings of whoever looks
     facts = {
-        "data": f"{config.data.format}, {config.data.path or 'the built-in sample'}",
-        "model": f"{size}; prompt {config.prompt.format}, emotion {config.prompt.emotion}",
+        "data": f"{config.data.format}, {config.data.path or 'the built-in sample'}" if told else "",
+        "model": f"{size}; prompt {config.prompt.format}, emotion {config.prompt.emotion}" if told else "",
         "steps": ", ".join(f"{STAGES.get(s, s)} {step}" for s, step in last.items()),
-        "seed": str(config.seed) if "seeds" not in results else ", ".join(map(str, results["seeds"])),
+        "seed": ", ".join(map(str, results["seeds"])) if "seeds" in results else str(config.seed) if told else "",
         "time": f"{seconds / 60:.1f} min in {', '.join(noted)}" if seconds else "",
         "commit": ", ".join(dict.fromkeys(str(s.get("commit") or "unknown") for s in noted.values())),
         "hardware": ", ".join(dict.fromkeys(f"{s.get('devices')}, {s.get('cores')} cores" for s in noted.values())),
@@ -126,13 +127,14 @@ def head(folder: Path, config: Config, records: Sequence[Mapping[str, Any]], res
         facts["time"] = f"{results['hours']:.2f} h in all"
     rows = "".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in facts.items() if v)
     care = "A research demo, not care. Replies are those of a model: they may be wrong, or worse."
-    return f"<header><h1>{esc(folder.name)}</h1><p class=quiet>{care}</p><dl class=facts>{rows}</dl></header>"
+    name = folder.resolve().name if folder.exists() else folder.name
+    return f"<header><h1>{esc(name)}</h1><p class=quiet>{care}</p><dl class=facts>{rows}</dl></header>"
 
 
 def alarms(records: Sequence[Mapping[str, Any]]) -> str:
     """Iterations at which the reward rose while held-out metrics fell (evaluate.alarm)."""
     found = [(r["step"], r["alarm"]) for r in records if "alarm" in r]
-    lines = "".join(f"<li>iteration {step}: {esc(text)}</li>" for step, text in found)
+    lines = "".join(f"<li>iteration {esc(str(step))}: {esc(text)}</li>" for step, text in found)
     note = "The reward may be gamed: it rose while metrics that are not in it fell."
     return f"<section class=alarm role=note><h2>Alarm</h2><p>{note}</p><ul>{lines}</ul></section>" if found else ""
 
@@ -145,7 +147,7 @@ def systems(results: Mapping[str, Any]) -> str:
     rows = rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]  # no paper's figures for other data
     compared = [
         f"<li>{esc(pair)}: " + esc(", ".join(f"{k} {d:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (d, low, high) in by.items())) + "</li>"
-        for pair, by in results["comparisons"].items()
+        for pair, by in results.get("comparisons", {}).items()
     ]  # fmt: skip
     more = f"<details><summary>Differences, with 95 % intervals of a paired bootstrap</summary><ul>{''.join(compared)}</ul></details>"
     trivial = "; ".join(f"{name}: {what}" for name, what in results_table.TRIVIAL.items() if name in results["systems"])
@@ -180,7 +182,7 @@ def experiment(folder: Path, results: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def curves(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
+def curves(folder: Path, records: Sequence[Mapping[str, Any]], standardised: bool) -> str:
     of_stage = {stage: [r for r in records if r["stage"] == stage] for stage in STAGES}
     out = ""
     losses = [
@@ -194,8 +196,13 @@ def curves(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
     ]
     if losses:
         out += figure("losses", plots.draw(1, 2, losses), "Pre-training and SFT: loss", folder, 2)
-    asked = {
-        "reward a reply": {"training": "score", "validation": "validation/reward"},
+    reward: dict[str, dict[str, str]] = {"reward a reply": {"training": "score", "validation": "validation/reward"}}
+    if standardised:  # what is learnt from has another unit
+        reward = {
+            "standardised reward a reply": {"training": "score"},
+            "reward a reply": {"validation": "validation/reward"},
+        }
+    asked = reward | {
         "KL to SFT (nats a reply)": {"k1": "kl", "k3": "kl_k3"},
         "KL coefficient beta": {"beta": "kl_coef"},
         "length (training: tokens, validation: words)": {"training": "reply_tokens", "validation": "validation/reply_words"},
@@ -206,7 +213,10 @@ def curves(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
     panels = [plots.panel(title, found_lines, "iteration") for title, found_lines in found.items() if found_lines]
     if panels:
         out += figure(
-            "ppo", plots.draw(2, 3, panels), "PPO: reward, KL, its coefficient, length, stops, entropy", folder
+            "ppo",
+            plots.draw(math.ceil(len(panels) / 3), 3, panels),
+            "PPO: reward, KL, its coefficient, length, stops, entropy",
+            folder,
         )
     return section("Curves", out) if out else ""
 
@@ -324,8 +334,10 @@ def settings(folder: Path) -> str:
         keys = list(dict.fromkeys(key for stage in noted.values() for key in stage))
         rows = [["", *noted], *([key, *(str(stage.get(key, "")) for stage in noted.values())] for key in keys)]
         out += f"<details><summary>Commit, hardware, versions</summary>{table(rows)}</details>"
-    if path.is_file():
-        out += f"<details><summary>config.yaml</summary><pre>{esc(path.read_text(encoding='utf-8'))}</pre></details>"
+    for file in (path, *(folder / stage / "model" / origin.SETTINGS for stage in STAGES)):
+        if file.is_file():
+            name = esc(file.relative_to(folder).as_posix())
+            out += f"<details><summary>{name}</summary><pre>{esc(file.read_text(encoding='utf-8'))}</pre></details>"
     return section("How it was made", out) if out else ""
 
 
@@ -341,4 +353,7 @@ def lines(
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); the script that wrote it writes it anew") from error

@@ -49,7 +49,8 @@ def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
 
 
 def cutoff(values: Array, enough: Callable[[Array], Array]) -> Array:
-    """f32[B,N] -> f32[B,1], the largest number such that keeping values >= it is enough (bool[B,N] -> bool[B,1]).
+    """f32[B,N] -> f32[B,1], the largest number such that keeping values >= it is enough (bool[B,N] -> bool[B,1]); where
+    nothing is, as rounding may have it, the lowest value, which keeps all.
 
     No sort: the number is found bit by bit from the top, 32 passes (radix select). A float's bits order as the float does
     once the negative ones are turned over.
@@ -66,7 +67,8 @@ def cutoff(values: Array, enough: Callable[[Array], Array]) -> Array:
         return jnp.where(enough(keys >= higher), higher, found)
 
     found = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros_like(keys[:, :1]))
-    return jax.lax.bitcast_convert_type(turn(jax.lax.bitcast_convert_type(found ^ top, jnp.int32)), jnp.float32)
+    number = jax.lax.bitcast_convert_type(turn(jax.lax.bitcast_convert_type(found ^ top, jnp.int32)), jnp.float32)
+    return jnp.where(found == 0, values.min(-1, keepdims=True), number)
 
 
 def blocks(logits: Array) -> Array:

@@ -39,7 +39,8 @@ def decayed(params: Params) -> Params:
 
 
 def schedule(peak: float, warmup_steps: int, steps: int, final: float) -> optax.Schedule:
-    """Linear from 0 to `peak`, then linear to `final` * peak at the last step; of a single step, the peak."""
+    """Linear from 0 to `peak`, then linear to `final` * peak, where a step after the last would be; of a single
+    step, the peak."""
     warmup = min(warmup_steps, steps // 2)
     up = optax.linear_schedule(0.0, peak, warmup)
     down = optax.linear_schedule(peak, peak * final, max(steps - warmup, 1))

@@ -64,7 +64,7 @@ def load_language_model(config: Config, held_out: Sequence[Dialogue], split: str
     folder = as_path(config.evaluate.language_model)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"evaluate.language_model: {folder} is no run folder (it has no config.yaml)")
-    theirs, noted = config_module.load(folder / "config.yaml"), origin.read(model_of(folder, "sft"))
+    theirs, noted = config_module.load(fetched(folder) / "config.yaml"), origin.read(model_of(folder, "sft"))
     seed, prompt = (noted["seed"], origin.prompt_of(noted)) if noted else (theirs.seed, theirs.prompt)
     origin.check_unseen(model_of(folder, "sft"), config, held_out, split)
     if seed == config.seed:

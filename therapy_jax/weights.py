@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from therapy_jax import processes
-from therapy_jax.files import flatten, share, staged
+from therapy_jax.files import flatten, share, staged, write_text
 from therapy_jax.gpt2 import ACTIVATIONS, GPT2Config, Params
 from therapy_jax.locate import ACCEPTED, WeightsError, find, holds, read_checkpoint
 from therapy_jax.sharding import fetch
@@ -223,7 +223,7 @@ def write(folder: Path, config: GPT2Config, params: Params, tokenizer: Any) -> N
         "dtype": "float32",
         **{name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
     }
-    (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(saved, indent=2) + "\n")  # whole or not at all, as the weights
     if tokenizer is not None:
         save_tokenizer(folder, tokenizer)
     partial = folder / "model.safetensors.partial"

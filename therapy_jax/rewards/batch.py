@@ -129,7 +129,7 @@ def make(
     same = (written[:, None] == table).all(-1) & has_text[:, None]  # [B, E]
     stated = jnp.where(same.any(1), jnp.argmax(same, 1), -1)
 
-    last = jnp.max(jnp.where(text, column, -1), axis=1)
+    last = jnp.max(jnp.where(text & ~vocabulary.closing[tokens], column, -1), axis=1)
     last_token = jnp.take_along_axis(tokens, jnp.maximum(last, 0)[:, None], 1)[:, 0]
     reference_words, reference_mask = fold(references.tokens, references.mask, vocabulary)
     client_words, client_mask = fold(references.client_tokens, references.client_mask, vocabulary)

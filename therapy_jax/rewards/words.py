@@ -16,6 +16,7 @@ contributes is looked up in tables made once from the tokenizer.
 from __future__ import annotations
 
 import re
+import string
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from therapy_jax.prompts import emotion_ids
 
 BASE = 0x01000193  # odd, so that multiplying loses nothing modulo 2^32
 RUN = re.compile(r"[a-z0-9]+")
+CLOSING = "\"')]*”’»" + string.whitespace + "\ufffd"  # the last: a piece of a mark that the tokenizer cuts into bytes
 
 
 class Vocabulary(NamedTuple):
@@ -37,7 +39,8 @@ class Vocabulary(NamedTuple):
     gap_after: Array  # bool[V], the word ends with it
     power: Array  # u32[V], BASE ** number of its letters and digits
     hash: Array  # u32[V]
-    final: Array  # bool[V], its last character ends a sentence
+    final: Array  # bool[V], it ends a sentence, closing marks aside
+    closing: Array  # bool[V], it is nothing but closing marks and white space
     emotions: Array  # i32[E, K], the tokens of each emotion word, padded with -1
     eos: Array  # i32[], likewise the ids that give a reply its structure
     text: Array  # i32[], <|text|>
@@ -59,13 +62,14 @@ def make_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     """Tables for a tokenizer; `size` >= len(tokenizer), usually the padded vocabulary. A token with two separate runs of
     letters (none in GPT-2's pre-tokenization of ASCII text) counts with its last one."""
     special = set(tokenizer.all_special_ids)
-    has, before, after, final = (np.zeros(size, bool) for _ in range(4))
+    has, before, after, final, closing = (np.zeros(size, bool) for _ in range(5))
     power, hashes = np.ones(size, np.uint32), np.zeros(size, np.uint32)
     before[:] = after[:] = True
     for i in range(len(tokenizer)):
         text = "" if i in special else tokenizer.decode([i], clean_up_tokenization_spaces=False).lower()
         runs = RUN.findall(text)
-        final[i] = text.rstrip("\"')").endswith((".", "?", "!"))
+        core = text.rstrip(CLOSING)
+        final[i], closing[i] = core.endswith((".", "?", "!")), text != "" and core == ""
         if runs:
             has[i], before[i], after[i] = True, not RUN.match(text), not RUN.match(text[-1])
             before[i] |= len(runs) > 1
@@ -75,7 +79,7 @@ def make_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     for row, ids in zip(table, words, strict=True):
         row[: len(ids)] = ids
     ids = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|text|>", "<|reply|>"])]
-    arrays = has, before, after, power, hashes, final, table, *(np.int32(i) for i in ids)
+    arrays = has, before, after, power, hashes, final, closing, table, *(np.int32(i) for i in ids)
     return Vocabulary(*(jnp.asarray(x) for x in arrays))
 
 
