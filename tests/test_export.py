@@ -112,7 +112,7 @@ def exported(run_folder, tmp_path_factory):
     folder, _ = run_folder
     out = tmp_path_factory.mktemp("out") / "model"
     decoding = {"max_new_tokens": 12, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "candidates": 1, "draws": 1}
-    record = card.read_record(folder, CONFIG)
+    record = card.read_record(folder, CONFIG, "ppo")
     export.write(out, folder, "ppo", record._replace(results={"decoding": decoding}))
     return out
 
@@ -743,11 +743,11 @@ def test_training_starts_from_a_checkpoint_of_another_run(run_folder, tmp_path):
 
 def test_read_record(tmp_path, run_folder):
     folder, _ = run_folder
-    with pytest.raises(ConfigError, match=r"prompt\.max_tokens was 96, now 128.*--config .*config\.yaml"):
-        card.read_record(folder, Config())
+    with pytest.raises(ConfigError, match=r"prompt\.max_tokens was 96, now 128.*--config .*training\.yaml"):
+        card.read_record(folder, Config(), "ppo")
     (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1}\n{"stage": "sf')  # a line cut by a kill
-    assert card.read_record(tmp_path, Config()) == card.Record(Config(), {}, {}, [{"stage": "sft", "step": 1}])
+    assert card.read_record(tmp_path, Config(), "ppo") == card.Record(Config(), {}, {}, [{"stage": "sft", "step": 1}])
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ConfigError, match=r"results\.json: not valid JSON"):
-        card.read_record(tmp_path, Config())
+        card.read_record(tmp_path, Config(), "ppo")
     assert tuple(reversed(card.STAGES)) == locate.STAGES

@@ -42,16 +42,13 @@ class Record(NamedTuple):
 def read_record(folder: Path, config: Config, stage: str) -> Record:
     """With the settings that the stage was trained with; `config` counts where the run does not tell them. Raises ConfigError
     where the two ask for different prompts, or a file cannot be read."""
-    own, path = origin.settings(folder / stage / "model"), folder / "config.yaml"
-    if own is None and path.is_file():
+    paths = (folder / stage / "model" / origin.SETTINGS, folder / "config.yaml")
+    if path := next((path for path in paths if path.is_file()), None):
         own = config_module.load(path)
-    if own is not None:
         if own.prompt != config.prompt:
             kept, asked = dataclasses.asdict(own.prompt), dataclasses.asdict(config.prompt)
             differing = ", ".join(f"prompt.{k} was {v}, now {asked[k]}" for k, v in kept.items() if v != asked[k])
-            raise ConfigError(
-                f"{folder}: trained with other prompts ({differing}); give --config {folder / 'config.yaml'}"
-            )
+            raise ConfigError(f"{folder}: trained with other prompts ({differing}); give --config {path}")
         config = own
 
     def read(name: str) -> Any:
