@@ -76,3 +76,13 @@ def test_a_judge_that_has_learnt_what_it_judges_is_refused(hashed, tmp_path):
     run = Config(evaluate=EvaluateConfig(language_model=str(tmp_path / "judge")))
     with pytest.raises(ConfigError, match="of the test split were in the training data of .*judge"):
         stages.load_language_model(run, hashed(0)["test"], "test")
+
+
+def test_other_data_under_the_same_path_is_other_content(hashed):
+    """What a checkpoint goes on with: one label that changed is enough to tell, and the same file read again is the same."""
+    data = hashed(0)
+    assert origin.content(data) == origin.content(hashed(0)) != origin.content(hashed(1))
+    first, *rest = data["train"]
+    turn = dataclasses.replace(first.turns[0], emotion="fear" if first.turns[0].emotion != "fear" else "joy")
+    other = {**data, "train": [dataclasses.replace(first, turns=(turn, *first.turns[1:])), *rest]}
+    assert origin.content(other) != origin.content(data)

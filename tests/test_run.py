@@ -11,6 +11,7 @@ import pytest
 
 from therapy_jax import logs
 from therapy_jax.config import ConfigError
+from therapy_jax.stopping import Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,3 +71,15 @@ def test_taking_up_a_stage_leaves_the_others_lines(tmp_path):
     assert list(logs.take_up(tmp_path, "sft", 1)) == [1]
     left = [(x["stage"], x["step"]) for x in logs.read_log(tmp_path / "metrics.jsonl")]
     assert left == [("base", 1), ("base", 2), ("base", 3), ("sft", 1)]
+
+
+def test_a_stage_that_is_ended_early_leaves_its_time(tmp_path):
+    """A signal or a refusal within an evaluation passes the end of the loop by."""
+    began = time.monotonic() - 100
+    for error in (Stopped("stopped by SIGTERM"), ConfigError("no such metric")):
+        with pytest.raises(type(error)), logs.noting(tmp_path, "ppo", began):
+            raise error
+    with logs.noting(tmp_path, "sft", began):
+        pass  # who comes to the end notes it there
+    noted = json.loads((tmp_path / "environment.json").read_text())
+    assert list(noted) == ["ppo"] and 200 <= noted["ppo"]["seconds"] < 250
