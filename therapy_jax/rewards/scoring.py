@@ -57,8 +57,8 @@ def load(config: RewardConfig) -> tuple[Custom | None, HostRewards]:
 
 
 def from_one(make: Callable[[], Raw]) -> Raw:
-    """What process 0 makes of a user's function, in every process, its RewardError too: a function that draws at random or asks a
-    server says something else in each."""
+    """What process 0 makes on its host, in every process, its RewardError too: a function that draws at random or asks a server
+    says something else in each, and an encoder on other hardware something else in the last bits."""
     if jax.process_count() == 1:
         return make()
     said: dict[str, Any] = {}
@@ -71,6 +71,18 @@ def from_one(make: Callable[[], Raw]) -> Raw:
     if "error" in said:
         raise custom.RewardError(said["error"])
     return {name: jnp.asarray(values, jnp.float32) for name, values in said["terms"].items()}
+
+
+def terms_of_encoder(sentences: encoder.Encoder, batch: RewardBatch, texts: Sequence[Sequence[str]]) -> Raw:
+    """The terms of meaning, by the encoder. texts: reply, reference, client's utterance and context of each reply."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(text for four in texts for text in four))}
+    known = encoder.embed_texts(sentences, list(place))  # once, however many replies answer the same prompt
+    vectors = known[[place[text] for four in texts for text in four]]
+    some = np.asarray([[bool(text.strip()) for text in four] for four in texts])
+    vectors = jnp.asarray(np.where(some[..., None], vectors.reshape(len(texts), 4, -1), 0.0))
+    names = ("meaning", "reference_meaning", "client_meaning", "context_meaning")
+    read = batch._replace(**{name: vectors[:, i] for i, name in enumerate(names)})
+    return {"semantic": meaning.semantic(read), "context": meaning.context(read)}
 
 
 def host_terms(
@@ -87,14 +99,8 @@ def host_terms(
         # Of the turns before only the newest words, as the trunk reads them: an encoder would cut the end of a long text.
         newest = [" ".join(" ".join(s.context).split()[-CONTEXT_TOKENS:]) for s in samples]
         texts = [[s.reply, s.reference, s.client, before] for s, before in zip(samples, newest, strict=True)]
-        place = {text: i for i, text in enumerate(dict.fromkeys(text for four in texts for text in four))}
-        known = encoder.embed_texts(host.encoder, list(place))  # once, however many replies answer the same prompt
-        vectors = known[[place[text] for four in texts for text in four]]
-        some = np.asarray([[bool(text.strip()) for text in four] for four in texts])
-        vectors = jnp.asarray(np.where(some[..., None], vectors.reshape(len(samples), 4, -1), 0.0))
-        names = ("meaning", "reference_meaning", "client_meaning", "context_meaning")
-        read = batch._replace(**{name: vectors[:, i] for i, name in enumerate(names)})
-        raw = {**raw, "semantic": meaning.semantic(read), "context": meaning.context(read)}
+        sentences = host.encoder
+        raw = {**raw, **from_one(lambda: terms_of_encoder(sentences, batch, texts))}
     if (function := host.custom) is not None:
         more = from_one(lambda: custom.on_host(function, samples, host.name))
         if taken := sorted(set(TERMS) & set(more)):
