@@ -170,7 +170,7 @@ def main(config: Config) -> None:
     if stopped:
         console.print(f"ppo: stopped at iteration {finished}: the KL per reply is above ppo.max_kl ({cfg.max_kl} nats)")
 
-    best = checkpoint.best(manager.all_steps(), scores, mode)
+    best = checkpoint.best(processes.shared(list(manager.all_steps())), scores, mode)
     if best != finished:
         restored = checkpoint.restore(manager, state, belongs_to, checkpoint.ranking(scores, mode), run.warn)
         assert restored is not None

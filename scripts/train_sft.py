@@ -366,7 +366,7 @@ def fit(
                 raise stopping.Stopped(f"{stage}: stopped by {stop} at step {finished} of {steps}, saved")
     logs.copy_logs(folder)
 
-    best = checkpoint.best(manager.all_steps(), scores, "min")
+    best = checkpoint.best(processes.shared(list(manager.all_steps())), scores, "min")
     if best != steps:
         restored = checkpoint.restore(manager, state, identity, checkpoint.ranking(scores, "min"), run.warn)
         assert restored is not None

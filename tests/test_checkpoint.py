@@ -201,3 +201,30 @@ def test_a_save_that_cannot_be_written_is_one_sentence_and_the_one_before_stays(
     found = checkpoint.restore(opened(tmp_path), {"x": jnp.zeros(1000)}, {})
     assert found is not None and found.step == 1
     np.testing.assert_array_equal(found.state["x"], np.arange(1000.0))
+
+
+def test_the_loss_of_another_process_during_a_save_is_no_full_disk(tmp_path, monkeypatch):
+    manager, lost = opened(tmp_path), jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo: Connection closed by peer")
+
+    def save(*args, **kwargs):
+        raise lost
+
+    monkeypatch.setattr(manager, "save", save)
+    with pytest.raises(checkpoint.CheckpointError, match="make room"):  # alone, nobody can be lost
+        checkpoint.save(manager, 1, state(1), BELONGS)
+    monkeypatch.setattr(checkpoint.processes, "is_loss_of_another", lambda error: error is lost)
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        checkpoint.save(manager, 1, state(1), BELONGS)
+    assert raised.value is lost
+
+
+def test_the_steps_of_process_0_count_and_all_must_see_them(tmp_path, monkeypatch):
+    manager = opened(tmp_path)
+    checkpoint.save(manager, 3, state(3), BELONGS)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(checkpoint.processes, "shared", lambda value: [] if value == [3] else value)
+        assert checkpoint.restore(manager, state(0), BELONGS) is None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(checkpoint.processes, "in_any", lambda flag: True)
+        with pytest.raises(checkpoint.CheckpointError, match="choose a run_dir that all hosts share"):
+            checkpoint.restore(manager, state(0), BELONGS)

@@ -1,5 +1,6 @@
 """The page as a person has it: the real server, driven in headless chromium, and nothing asked of any other machine."""
 
+import http.client
 import os
 import re
 import shutil
@@ -8,12 +9,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import pytest
 
+from therapy_jax import browser as page_server
 from therapy_jax import safety
-from therapy_jax.config import Config
+from therapy_jax.config import Config, ConfigError
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -57,6 +61,7 @@ def server(driver, tiny_run, tmp_path_factory):
     env = {
         **os.environ, "XLA_FLAGS": "", "PYTHONPATH": path, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1",
         "CONNECTIONS": str(folder / "connections"), "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True",
+        **dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9"), "NO_PROXY": "", "no_proxy": "",  # nobody answers
     }  # fmt: skip
     args = [sys.executable, "scripts/play.py", "--config", str(tiny_run / "config.yaml")]
     with subprocess.Popen(
@@ -138,6 +143,31 @@ def test_a_conversation_in_the_browser(driver, server):
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         page.click("#anew")
         page.wait_for_selector(".tj-you", state="detached")
+
+        answers = []  # held back until both messages are sent
+        page.route("**/queue/data*", lambda route: answers.append(route))
+        holds = "text => document.querySelector('#message textarea').value === text"
+        for text in ("My brother does not call me.", "I want to kill myself."):
+            page.fill("#message textarea", text)
+            page.press("#message textarea", "Enter")
+            page.wait_for_function(holds, arg="")  # taken: gradio reads the box a moment after the key
+        page.fill("#message textarea", "And then")
+        assert page.locator(".tj-you").count() == 0
+        page.unroute("**/queue/data*")
+        for answer in answers:
+            answer.continue_()
+        gate.wait_for()
+        said = [you.inner_text() for you in page.locator(".tj-you").all()]
+        assert said == ["My brother does not call me.", "I want to kill myself."]
+        assert page.locator(".tj-card[data-done]").count() == page.locator(".tj-card").count() == 3
+        assert page.input_value("#message textarea") == "And then"  # what is typed meanwhile stays
+
+        long = "I had a cup of tea. " * 200
+        page.fill("#message textarea", long)
+        page.press("#message textarea", "Enter")
+        page.get_by_role("alert").filter(has_text="shorten it").wait_for()
+        page.wait_for_function(holds, arg=long)
+        assert page.locator(".tj-you").count() == 2
     finally:
         browser.close()
     assert errors == []
@@ -146,6 +176,46 @@ def test_a_conversation_in_the_browser(driver, server):
     }
     talked_to = set(connections.read_text().split("\n")) - {""}
     assert talked_to <= {"127.0.0.1", "localhost"}, talked_to
+
+
+@pytest.mark.slow
+def test_other_sites_get_no_answer(server):
+    own = urlsplit(server[0]).netloc
+
+    def status(path: str, body: bytes | None = None, **headers: str) -> int:
+        connection = http.client.HTTPConnection(own, timeout=60)
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        return connection.getresponse().status
+
+    port = own.split(":")[1]
+    assert status("/") == status("/", Origin=f"http://{own}") == 200
+    assert status("/", Host=f"localhost:{port}", Origin=f"http://localhost:{port}") == 200
+    for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", ""):
+        assert status("/", Host=host) == 400, host
+    for origin in ("http://evil.example", f"http://localhost:{port}", "http://127.0.0.1:1", "null"):
+        assert status("/gradio_api/info", Origin=origin) == 403, origin
+    file = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert status("/gradio_api/upload", file, **kind) == 403  # nobody's: the page takes none
+
+
+def test_a_page_that_cannot_be_served_is_one_sentence(monkeypatch):
+    seen = {}
+
+    def launch(**_):
+        seen.update(os.environ)
+        raise Exception("Couldn't start the app")  # as gradio does, where a proxy is in the way
+
+    app = SimpleNamespace(queue=lambda: None, launch=launch)
+    for name in ("gradio", "starlette", "starlette.middleware", "starlette.middleware.trustedhost"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setattr(page_server, "prepare", lambda config: None)
+    monkeypatch.setattr(page_server, "build", lambda gradio, play: app)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "environ", {"NO_PROXY": "example.org"})
+    with pytest.raises(ConfigError, match=r"cannot be served \(Couldn't start the app\)"):
+        page_server.serve(Config())
+    assert seen["NO_PROXY"] == seen["no_proxy"] == "example.org,127.0.0.1,localhost"
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):

@@ -1,16 +1,23 @@
 """The scripts as several processes that share one mesh: the same figures, one writer, and no waiting for the dead."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from therapy_jax import dialogue
+from therapy_jax.processes import is_loss_of_another
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -22,7 +29,16 @@ TINY = {
 }  # fmt: skip
 
 
-def start(script: str, run_dir: Path, processes: int, devices: int, **changes) -> list[subprocess.Popen]:
+def start(
+    script: str,
+    run_dir: Path,
+    processes: int,
+    devices: int,
+    alone: dict | None = None,
+    homes: Sequence[Path] = (),
+    **changes,
+) -> list[subprocess.Popen]:
+    """alone: settings of the last process only; homes: the home folder of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -31,10 +47,12 @@ def start(script: str, run_dir: Path, processes: int, devices: int, **changes) -
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, f"scripts/{script}.py", "--config", "configs/quickstart.yaml", *flags]
     together = ["--mesh.coordinator", address, "--mesh.processes", str(processes)] if processes > 1 else []
+    last = [part for name, value in (alone or {}).items() for part in (f"--{name}", str(value))]
     return [
         subprocess.Popen(
-            [*command, *together, *(["--mesh.process", str(i)] if together else [])],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, *together, *(["--mesh.process", str(i)] if together else []), *(last if i == processes - 1 else [])],
+            cwd=ROOT, env=environment | ({"HOME": str(homes[i])} if homes else {}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(processes)
     ]  # fmt: skip
@@ -99,6 +117,103 @@ def test_the_death_of_a_process_ends_the_others_and_the_run_goes_on(killed, tmp_
     for process in again:
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 75, said[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),  # what a call of jit raises
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("No space left on device"), False),
+        (OSError("gloo"), False),
+    ],
+)
+def test_how_a_collective_fails_that_has_lost_a_process(error, lost, monkeypatch):
+    assert not is_loss_of_another(error)  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert is_loss_of_another(error) is lost
+
+
+def ended(running: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    """Long before jax gives up a process that does not come, which takes minutes -> exit codes, and what each has said."""
+    try:
+        said = [process.communicate(timeout=200)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], said
+
+
+@pytest.mark.slow
+def test_a_run_folder_in_use_ends_both_processes(tmp_path):
+    """Only process 0 finds out. What lies in the folder stays of the settings before."""
+    (tmp_path / "config.yaml").write_text("seed: 7")
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("4321")
+        file.flush()
+        codes, said = ended(start("train_sft", tmp_path, 2, 1))
+    assert codes == [2, 2], said
+    assert "in use by another run (process 4321)" in said[0] and "process 0: run_dir" in said[1]
+    assert "in use by another run (process 4321)" in said[1] and (tmp_path / "config.yaml").read_text() == "seed: 7"
+
+
+@pytest.mark.slow
+def test_data_that_one_process_lacks_ends_both(tmp_path):
+    homes = [tmp_path / "0", tmp_path / "1"]
+    for home in homes:
+        home.mkdir()
+    shutil.copy(dialogue.SAMPLE, homes[0] / "data.jsonl")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("seed: 7")
+    codes, said = ended(start("train_sft", run_dir, 2, 1, homes=homes, **{"data.path": "~/data.jsonl"}))
+    assert codes == [2, 2], said
+    assert f"{homes[1]}/data.jsonl" in said[1] and f"{homes[1]}/data.jsonl" in said[0] and "process 1: " in said[0]
+    assert (run_dir / "config.yaml").read_text() == "seed: 7"  # refused before any work
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_are_refused(tmp_path):
+    codes, said = ended(start("train_sft", tmp_path, 2, 1, alone={"sft.learning_rate": 0.5}))
+    assert codes == [2, 2] and not (tmp_path / "config.yaml").exists(), said
+    assert all("the processes were started with different settings or code" in text for text in said)
+    assert "sft.learning_rate is 0.5 in process 1, 0.002 in process 0" in said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_before_the_loop_ends_both(told, tmp_path):
+    running = start("train_sft", tmp_path, 2, 1)
+    assert running[0].stdout is not None
+    before = ""
+    while "data: " not in before:
+        before += (line := running[0].stdout.readline())
+        assert line, before
+    running[told].send_signal(signal.SIGTERM)
+    codes, said = ended(running)
+    assert codes == [75, 75], said
+    assert "stopped by SIGTERM; the same command goes on" in said[told]
+    assert f"process {told}: stopped by SIGTERM; the same command goes on" in said[1 - told]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_of_the_writer_ends_both_processes(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    codes, said = ended(start("train_sft", tmp_path, 2, 1, pretrain="null"))
+    assert codes == [2, 2] and all("No space left on device" in text for text in said), said
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_process_ends_both_with_its_traceback_kept(tmp_path):
+    """A folder where a file is to be: nobody expected it."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    codes, said = ended(start("train_sft", tmp_path, 2, 1, pretrain="null"))
+    assert codes == [1, 1] and "Traceback" in said[0], said
+    assert "process 0: a fault of the program: IsADirectoryError" in said[1]
+    assert "IsADirectoryError" in (tmp_path / "error.log").read_text()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from therapy_jax import logs
+from therapy_jax import logs, run
 from therapy_jax.config import ConfigError
 from therapy_jax.stopping import Stopped
 
@@ -83,3 +83,7 @@ def test_a_stage_that_is_ended_early_leaves_its_time(tmp_path):
         pass  # who comes to the end notes it there
     noted = json.loads((tmp_path / "environment.json").read_text())
     assert list(noted) == ["ppo"] and 200 <= noted["ppo"]["seconds"] < 250
+
+
+def test_what_a_terminal_would_obey_is_shown_as_a_dot():
+    assert run.escape("a\x1b]52;c;x\x07b\u202e [bold]c[/]\n\td") == "a·]52;c;x·b· \\[bold]c\\[/]\n\td"

@@ -1,7 +1,7 @@
 """A conversation in the browser: every model of a run answers side by side (scripts/play.py).
 
 The page is ours, as HTML made here from escaped text; gradio (extra `ui`) carries it, on 127.0.0.1 alone. Nothing is asked
-of any other machine: no fonts, no analytics, no share link.
+of any other machine: no fonts, no analytics, no share link; and pages of other sites are not answered.
 """
 
 from __future__ import annotations
@@ -224,12 +224,33 @@ def correct(play: Play, state: State, emotion: str) -> Iterator[Step]:
         yield step(play, state)
 
 
+def only_own_page(app: Any) -> Any:
+    """ASGI: 403 for the page of another site, which a browser names as Origin, and for files, of which this page takes none."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        headers = dict(scope.get("headers", ()))
+        own = b"http://" + headers.get(b"host", b"")
+        foreign = headers.get(b"origin", own) != own
+        if scope["type"] == "http" and (foreign or "/gradio_api/upload" in scope["path"]):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body"})
+        else:
+            await app(scope, receive, send)
+
+    return answer
+
+
 def serve(config: Config) -> None:
     """Until Ctrl-C, on 127.0.0.1: the first free port from 7860, or $GRADIO_SERVER_PORT."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which may ask for a newer version
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # gradio asks its own page whether it is there: no proxy can tell.
+    direct = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "127.0.0.1,localhost"]
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, direct))
     try:
         gradio: Any = importlib.import_module("gradio")
+        middleware: Any = importlib.import_module("starlette.middleware")
+        hosts: Any = importlib.import_module("starlette.middleware.trustedhost")
     except ImportError as error:
         raise ConfigError(f"the page needs gradio ({error}); install the extra: pip install -e '.[ui]'") from error
     play = prepare(config)
@@ -238,14 +259,18 @@ def serve(config: Config) -> None:
     readable: dict[str, Any] = {"block_info_text_color": "#52525b", "block_info_text_color_dark": "#d4d4d8"}
     readable |= {"input_placeholder_color": "#71717a", "input_placeholder_color_dark": "#a1a1aa"}
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    guards = [  # another site's name can come to lead here after its page is loaded: hence the look at Host
+        middleware.Middleware(hosts.TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+        middleware.Middleware(only_own_page),
+    ]
     app.queue()
     try:
         _, url, _ = app.launch(
             server_name="127.0.0.1", share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
             run_history=False, footer_links=[], css=CSS, quiet=True, prevent_thread_lock=True,
-            theme=theme.set(**readable),
+            theme=theme.set(**readable), app_kwargs={"middleware": guards},
         )  # fmt: skip
-    except (OSError, ValueError) as error:  # the port is taken, or is no port
+    except Exception as error:  # no free port, or no port at all; where a proxy is in the way, gradio raises a bare one
         raise ConfigError(
             f"the page cannot be served ({error}); choose another port with GRADIO_SERVER_PORT"
         ) from error
@@ -287,7 +312,8 @@ def build(gradio: Any, play: Play) -> Any:
 
         def on_send(state, text):
             for new in send(play, state, text):
-                yield *new, text if new[0] is state else ""  # refused: it can be shortened and sent again
+                refused = new[0] is state and text.strip()  # it can be shortened and sent again
+                yield *new, text if refused else gradio.skip()
 
         def on_emotion(state, felt):
             yield from correct(play, state, felt)
@@ -298,8 +324,17 @@ def build(gradio: Any, play: Play) -> Any:
         # would be overwritten by what that answer ends with, and with it the gate's words.
         private |= {"concurrency_id": "conversation", "concurrency_limit": 1}
         down = "() => window.scrollTo({top: document.body.scrollHeight, behavior: 'smooth'})"
+        # What is sent while an answer grows waits in that queue, and meets the state that the answer leaves. The browser takes it
+        # out of the box as it is sent: the server would be later, and wipe what has been typed since.
+        take = """(state, text) => {
+            const box = document.querySelector('#message textarea');
+            box.value = box.value.replace(text, '');
+            box.dispatchEvent(new Event('input', {bubbles: true}));
+            return [state, text];
+        }"""
         for event in (go.click, box.submit):
-            event(on_send, [state, box], [*outputs, box], **private).then(None, js=down)
+            sent = event(on_send, [state, box], [*outputs, box], js=take, trigger_mode="multiple", **private)
+            sent.then(None, js=down)
         emotion.input(on_emotion, [state, emotion], outputs, **private).then(None, js=down)
         anew.click(lambda: (((), ()), as_html((), (), {}), None), None, outputs, **private)
     return app

@@ -26,7 +26,7 @@ from etils import epath
 from therapy_jax import processes
 from therapy_jax.files import flatten, is_remote, write_json
 
-FORMAT = 2  # of what we write; raised when an older checkpoint can no longer be read
+FORMAT = 3  # of what we write; raised when an older checkpoint can no longer be read
 MANIFEST = "manifest.json"
 
 
@@ -90,8 +90,9 @@ def save(
     line: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `state` as step `step`; a step that exists already (the same state, after a restart) is left alone. Every
-    process must call this. Raises CheckpointError where it cannot be written; the steps before stay as they are."""
-    if step in manager.all_steps():
+    process must call this. Raises CheckpointError where it cannot be written; the steps before stay as they are. The loss of
+    another process is raised as it comes."""
+    if processes.shared(step in manager.all_steps()):
         return
     info = {"format": FORMAT, "belongs_to": dict(belongs_to), "line": None if line is None else dict(line)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
@@ -102,6 +103,8 @@ def save(
             folder = manager.directory / str(step)
             write_json(folder / MANIFEST, measure(folder))
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore says a full disk in any of these
+        if processes.is_loss_of_another(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(
             f"{manager.directory}: step {step} could not be saved ({reason}); the checkpoints before it are whole: "
@@ -124,11 +127,15 @@ def restore(
 
     `state` gives the structure, shapes, dtypes and shardings to restore into: other devices, in another number, will do.
     Raises CheckpointError where the checkpoint was written by another format version, or belongs to another model, data or
-    seed.
+    seed; and where a process does not see the folder.
     """
-    while steps := manager.all_steps():
+    while steps := processes.shared(sorted(manager.all_steps())):
         step = max(steps, key=rank)
         folder = manager.directory / str(step)
+        if processes.in_any(not folder.exists()):
+            raise CheckpointError(
+                f"{folder}: not every process sees this folder of process 0; choose a run_dir that all hosts share"
+            )
         fault = processes.shared(damage(folder) if processes.is_writer() else None)
         if fault is None:
             break

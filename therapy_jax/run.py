@@ -3,7 +3,7 @@
 runs/NAME/config.yaml        the resolved config: `--config runs/NAME/config.yaml` runs it again
           metrics.jsonl      one object a logged step: stage, step, seconds, every metric; unique by stage and step
           tensorboard/       the same as events, where the config says `tensorboard: true`
-          error.log          the last fault that nobody expected
+          error.log          the last fault that nobody expected (error.1.log: of process 1)
           environment.json   per stage: commit, versions, devices, when and how long
           {base,sft,ppo}/    model/ = a Hugging Face folder (origin.json: what it learnt from), checkpoints/ = orbax
           classifiers/       the heads on the SFT trunk, and how they were chosen
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -36,7 +37,7 @@ from therapy_jax import config as config_module
 from therapy_jax import logs
 from therapy_jax.config import Config, ConfigError, DataConfig, SamplingConfig
 from therapy_jax.dialogue import DataError, Dialogue, Report, read_dialogues
-from therapy_jax.files import as_path, is_remote, write_json, write_text
+from therapy_jax.files import as_path, flatten, is_remote, write_json, write_text
 
 console = Console(highlight=False, soft_wrap=True)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -49,71 +50,89 @@ DOCTOR = "python scripts/doctor.py says why and what to do"
 
 
 begun: set[str] = set()  # stages whose work has begun: config.yaml is theirs now, whatever ends them
+_before: dict[Path, str] = {}  # config.yaml as it lay in the run folder when this process came
 
 
 def main(script: Callable[..., None], description: str | None, options: type | None = None) -> None:
     """Parse the command line, run script(config), or script(config, options) where it has flags of its own. A user's mistake,
     or a disk that is full, ends with one sentence and exit code 2, no traceback; a signal ends with code 75, and the same
-    command goes on (stopping.py)."""
+    command goes on (stopping.py). What ends one of several processes ends all (processes.py)."""
     config, own = parse(description, options)
     from therapy_jax import processes, stopping
     from therapy_jax.checkpoint import CheckpointError
     from therapy_jax.rewards.combine import RewardError
     from therapy_jax.weights import WeightsError
 
-    def fail(message: str) -> None:
+    def end(code: int, message: str, mark: str = "") -> NoReturn:
         console.quiet = False  # a process that writes nothing else still says why it ends
-        console.print(f"[bold red]error:[/] {escape(message)}")
-        sys.exit(2)
+        console.print(f"{mark}{escape(message)}")
+        processes.tell(code, message)
+        sys.exit(code)
 
     stopping.listen(console.print)
     deepen_compiler_stack()
-    written, before = as_path(config.run_dir) / "config.yaml", None
+    written, red = as_path(config.run_dir) / "config.yaml", "[bold red]error:[/] "
     try:
-        before = written.read_text(encoding="utf-8") if written.is_file() else None
+        if written.is_file():
+            _before[written] = written.read_text(encoding="utf-8")
         script(config) if options is None else script(config, own)
     except (ConfigError, DataError, WeightsError, CheckpointError, RewardError) as error:
-        with contextlib.suppress(OSError):  # a full disk is what the message is about
-            # who writes is asked last: where JAX finds no device, no process can say
-            if (
-                not begun
-                and before is not None
-                and written.read_text(encoding="utf-8") != before
-                and processes.is_writer()
-            ):
-                write_text(written, before)  # refused: what lies there is still of the settings before
-        fail(str(error))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        fail(f"{error.filename or config.run_dir}: {error.strerror}; what is saved stays, and the same command goes on")
-    except stopping.Stopped as stop:
+        put_back()
+        end(2, str(error), red)
+    except stopping.StoppedAlone as stop:
+        end(stopping.EXIT_CODE, f"{stop}; the same command goes on")
+    except stopping.Stopped as stop:  # all processes have, at the same step
         console.print(f"{stop}; the same command goes on")
         sys.exit(stopping.EXIT_CODE)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
-        sys.exit(stopping.INTERRUPTED)
+        end(stopping.INTERRUPTED, "stopped; the same command goes on from the last checkpoint")
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            where = error.filename or config.run_dir
+            end(2, f"{where}: {error.strerror}; what is saved stays, and the same command goes on", red)
+        processes.give_way()
+        if processes.is_loss_of_another(error):
+            reason = str(error).splitlines()[0][:200]
+            again = "start all of them again: they go on from the last checkpoint"
+            end(stopping.EXIT_CODE, f"another process has ended or cannot be reached ({reason}); {again}", red)
         console.quiet = False
-        if not processes.is_loss_of_another(error):
-            keep_traceback(config)
-            raise
-        console.print(
-            "[bold red]error:[/] another process has ended or cannot be reached "
-            f"({escape(str(error).splitlines()[0][:200])}); start all of them again: they go on from the last checkpoint"
-        )
-        sys.stdout.flush()
-        os._exit(stopping.EXIT_CODE)  # at an ordinary exit jax would wait for the others
+        keep_traceback(config)
+        if processes.service() is not None:
+            traceback.print_exc()  # it ends before Python would
+            processes.tell(1, f"a fault of the program: {type(error).__name__}: {error}")
+        raise
+
+
+def put_back() -> None:
+    """Where a run is refused before any work of it has begun, what lies in its folder is still of the settings before."""
+    from therapy_jax import processes
+
+    with contextlib.suppress(OSError):  # a full disk may be what the refusal is about
+        for path, text in _before.items():
+            # who writes is asked last: where JAX finds no device, no process can say
+            if not begun and path.read_text(encoding="utf-8") != text and processes.is_writer():
+                write_text(path, text)
+
+
+def hear(code: int, message: str) -> None:
+    """Why another process ends, and this one with it."""
+    if code == 2:
+        put_back()
+    console.quiet = False
+    console.print(escape(message))
 
 
 def keep_traceback(config: Config) -> None:
     """Of what nobody expected: into the run folder, where there is one, and a word on where it lies."""
+    from therapy_jax import processes
+
     folder = as_path(config.run_dir)
+    path = folder / (f"error.{processes.index()}.log" if processes.index() else "error.log")
     with contextlib.suppress(OSError):
         if folder.is_dir():
-            write_text(folder / "error.log", traceback.format_exc())
+            write_text(path, traceback.format_exc())
             console.print(
-                f"[bold red]unexpected:[/] a fault of the program, not of yours; traceback: {escape(str(folder / 'error.log'))}, "
+                f"[bold red]unexpected:[/] a fault of the program, not of yours; traceback: {escape(str(path))}, "
                 f"what was logged: {escape(str(folder / 'metrics.jsonl'))}. What is saved stays, and the same command goes on"
             )
 
@@ -139,10 +158,10 @@ def deepen_compiler_stack() -> None:
 
 
 def escape(text: str) -> str:
-    """Text from data or a model, safe from rich's markup."""
+    """Text from data, a model or a server, safe from rich's markup; what a terminal would obey, such as ESC, shows as ·."""
     from rich.markup import escape as rich_escape
 
-    return rich_escape(text)
+    return rich_escape("".join(c if c.isprintable() or c in "\n\t" else "·" for c in text))
 
 
 def warn(message: str) -> None:
@@ -151,15 +170,17 @@ def warn(message: str) -> None:
 
 def start(config: Config, stage: str) -> Path:
     """Make and lock the run folder, write the resolved config, note the surroundings, switch the compilation cache on.
-    Raises ConfigError where the folder cannot be written, or is in use by another run."""
+    Raises ConfigError where the folder cannot be written or is in use by another run, or the processes differ in settings."""
     import jax
 
     from therapy_jax import processes, sharding, stopping
 
     if config.mesh.coordinator is not None:
         sharding.connect(config.mesh)
+        processes.watch(hear)
         stopping.take_signals()  # jax.distributed has taken SIGTERM for itself
     check_platform(config.require)
+    check_agreement(config)
     folder = as_path(config.run_dir)
     console.quiet = not processes.is_writer()
     if processes.is_writer():
@@ -175,7 +196,6 @@ def start(config: Config, stage: str) -> Path:
     if config.tensorboard:
         logs.open_events(folder)
     use_cache(config)
-    logs.commit()
     devices = jax.devices()
     if devices[0].platform == "cpu":
         keep_freed_memory()
@@ -190,7 +210,7 @@ def use_cache(config: Config) -> None:
     import jax
 
     if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(as_path(config.compilation_cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -239,6 +259,25 @@ def check_platform(wanted: str | None) -> None:
         )
 
 
+def check_agreement(config: Config) -> None:
+    """Raises ConfigError in every process where one was started with other settings or code than process 0; it says which."""
+    from therapy_jax import processes
+
+    settings = {key: repr(value) for key, value in flatten(dataclasses.asdict(config)).items()}
+    mine = {"commit": str(logs.commit()), **settings}
+    for name in ("mesh.coordinator", "mesh.process"):  # how each finds the others
+        del mine[name]
+    first = processes.shared(mine)
+    keys = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
+    if processes.in_any(bool(keys)):
+        me = f"process {processes.index()}"
+        differing = [f"{key} is {mine.get(key)} in {me}, {first.get(key)} in process 0" for key in keys]
+        raise ConfigError(
+            "the processes were started with different settings or code "
+            f"({'; '.join(differing[:5]) or 'those that differ say in what'}); start all of them with the same"
+        )
+
+
 def keep_freed_memory() -> None:
     """On CPU: let malloc keep what is freed instead of handing it back to the kernel and faulting it in again at the next
     step. XLA allocates each step's temporaries anew; this makes steps up to twice as fast (glibc only)."""
@@ -258,13 +297,20 @@ def release_freed_memory() -> None:
 
 
 def read_data(data: DataConfig, seed: int) -> dict[str, list[Dialogue]]:
-    """The conversations of a data set, and on the screen what cleaning changed and which rows were left out."""
+    """The conversations of a data set, and on the screen what cleaning changed and which rows were left out. Raises ConfigError
+    where the processes do not read the same."""
     report = Report()
     dialogues = read_dialogues(data.path, data.format, data.splits, data.clean, data.on_bad_row, seed, report)
     counted = ", ".join(f"{len(part):,} {split}" for split, part in dialogues.items())
     console.print(f"data: {escape(data.path or 'the built-in sample')}: {counted} conversations")
     for line in report.lines():
         console.print(f"  {escape(line)}")
+    from therapy_jax import origin, processes
+
+    if processes.service() is not None:
+        mine = origin.content(dialogues)
+        if processes.in_any(mine != processes.shared(mine)):
+            raise ConfigError(f"{data.path}: not the same file on every host; copy that of process 0 to all")
     return dialogues
 
 

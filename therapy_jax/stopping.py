@@ -29,6 +29,10 @@ class Stopped(BaseException):
     """The run ends here because a signal asked for it. Not an Exception: nobody should catch it by accident."""
 
 
+class StoppedAlone(Stopped):
+    """The same, without the other processes: they have not been asked."""
+
+
 def listen(say: Callable[[str], object]) -> None:
     """From here on SIGTERM and SIGINT are answered as above; main thread only. `say` is called from another thread."""
     global _asked
@@ -50,7 +54,7 @@ def _handler(number: int, frame: object) -> None:
     global _asked
     _asked = signal.Signals(number).name
     if not _deferred:
-        raise Stopped(f"stopped by {_asked}")
+        raise StoppedAlone(f"stopped by {_asked}")
 
 
 def _watch(reader: int, say: Callable[[str], object]) -> None:
@@ -70,11 +74,12 @@ def _watch(reader: int, say: Callable[[str], object]) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within: signals wait until the loop asks `wanted`. One that it did not come to ask about ends the run behind it."""
+    """Within: signals wait until the loop asks `wanted`. One that it did not come to ask about ends the run behind it, in all
+    processes."""
     with _deferring(True):
         yield
-    if not _deferred and _asked:
-        raise Stopped(f"stopped by {_asked}")
+    if not _deferred and (name := wanted()):
+        raise Stopped(f"stopped by {name}")
 
 
 @contextlib.contextmanager
