@@ -153,9 +153,9 @@ def test_a_conversation_in_the_browser(driver, server):
             page.wait_for_function(holds, arg="")  # taken: gradio reads the box a moment after the key
         page.fill("#message textarea", "And then")
         assert page.locator(".tj-you").count() == 0
-        page.unroute("**/queue/data*")
         for answer in answers:
             answer.continue_()
+        page.unroute("**/queue/data*")
         gate.wait_for()
         said = [you.inner_text() for you in page.locator(".tj-you").all()]
         assert said == ["My brother does not call me.", "I want to kill myself."]
