@@ -316,7 +316,9 @@ def test_a_stage_that_crashes_and_is_called_again(tmp_path, crash_at):
             return batching.unsupervised(tokens[step][mine])
 
         folder.mkdir(exist_ok=True)
-        return train_sft.fit("sft", folder, training, sizes, params, batch_of, 9, validation, mesh, config, ("seed",))
+        return train_sft.fit(
+            "sft", folder, training, sizes, params, batch_of, 9, validation, mesh, config, {"stage": "sft"}
+        )
 
     expected = fit(tmp_path / "whole")
     with pytest.raises(KeyError, match="crash"):
@@ -383,7 +385,7 @@ def test_too_many_in_a_row_end_the_run_with_the_state_saved_and_the_batch_writte
 
         validation = [batching.unsupervised(tokens[0])]
         return train_sft.fit(
-            "sft", tmp_path, training, sizes, params, batch_of, 9, validation, mesh, Config(), ("seed",)
+            "sft", tmp_path, training, sizes, params, batch_of, 9, validation, mesh, Config(), {"stage": "sft"}
         )
 
     with pytest.raises(
@@ -414,7 +416,9 @@ def test_the_parameters_of_the_lowest_validation_loss_come_back(tmp_path):
         return batching.unsupervised(tokens[mine] if step < 8 else tokens[mine] + 60)
 
     validation = [batching.unsupervised(x) for x in held_out]
-    best = train_sft.fit("sft", tmp_path, training, sizes, params, batch_of, 24, validation, mesh, Config(), ("seed",))
+    best = train_sft.fit(
+        "sft", tmp_path, training, sizes, params, batch_of, 24, validation, mesh, Config(), {"stage": "sft"}
+    )
     losses = [x["validation_loss"] for x in lines(tmp_path / "metrics.jsonl") if "validation_loss" in x]
     assert len(losses) == 6 and losses[-1] > min(losses) + 0.1
     total = count = 0.0
