@@ -15,7 +15,7 @@ from therapy_jax.dialogue import Exchange, Turn
 from therapy_jax.rewards.batch import RewardBatch
 
 ROOT = Path(__file__).parent.parent
-EVIL = "I said [bold]no[/] & <script>alert(1)</script>, *twice*."
+EVIL = "Work was [bold]hard[/] & <script>alert(1)</script>, *twice*."  # nothing that the gate would answer
 
 
 @pytest.fixture(scope="module")
