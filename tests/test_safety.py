@@ -1,6 +1,7 @@
 """The gate before the model and the check behind it: labelled cases by class, what hides a word, and no way around."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -148,12 +149,16 @@ def test_any_text_can_be_read(text):
     safety.check_reply(text)
 
 
-FIRED = [case["text"] for case in DEV[::10] if safety.crisis(case["text"])]
+@functools.cache
+def that_fire() -> list[str]:
+    """Not made where this file is collected: the gate learns first, for half a minute."""
+    return [case["text"] for case in DEV[::100] if safety.crisis(case["text"])]
 
 
-@given(st.sampled_from(FIRED), st.sampled_from([str.upper, str.lower, str.title, str.swapcase]), st.data())
+@given(st.sampled_from([str.upper, str.lower, str.title, str.swapcase]), st.data())
 @settings(max_examples=150, deadline=None)
-def test_case_and_added_punctuation_change_nothing(text, case, data):
+def test_case_and_added_punctuation_change_nothing(case, data):
+    text = data.draw(st.sampled_from(that_fire()))
     marks = st.sampled_from(["", "", ",", ".", "...", "?!", " -", ";", '"', ")", "…"])
     words = [word + data.draw(marks) for word in case(text).split()]
     assert safety.crisis(" ".join(words)) == safety.crisis(text)
@@ -182,11 +187,8 @@ def test_the_conversation_so_far_counts():
 
 def test_what_was_overruled_alone_is_not_read_again_with_the_turn_before():
     """A rule fires, and the classifier is nearly sure that it should not have: so it stays behind another turn, and before one."""
-    overruled = [
-        case["text"]
-        for case in DEV
-        if safety.crisis(case["text"]) is None and safety._first(crisis_rules.normalise(case["text"]))
-    ]
+    ruled = [case["text"] for case in DEV[::10] if safety._first(crisis_rules.normalise(case["text"]))]
+    overruled = [text for text in ruled if safety.crisis(text) is None]
     assert len(overruled) > 5
     for text in overruled:
         assert safety.crisis(text, ["Hello."]) is None, text
