@@ -28,7 +28,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from therapy_jax import gpt2, metrics, processes, prompts, readings
+from therapy_jax import gpt2, processes, prompts, readings
 from therapy_jax.config import ClassifierConfig, Config, ConfigError
 from therapy_jax.dialogue import EMOTIONS, STRATEGIES, DataError, Exchange, Turn
 from therapy_jax.files import fetched, flatten, share, staged, write_json
@@ -172,6 +172,8 @@ def fit_head(
 
 def scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
     """accuracy and macro_f1 (over the classes that occur in gold)."""
+    from therapy_jax import metrics  # nltk: a second or two, and 160 MB, which a run without heads to train need not pay
+
     found = metrics.emotion_scores(predicted, gold, prefix="head")
     return {name.removeprefix("head_"): value for name, value in found.items()}
 

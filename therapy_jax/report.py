@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from therapy_jax import grid_results, logs, origin, plots, results_table, run
+from therapy_jax import logs, origin, plots, results_table, run
 from therapy_jax.config import Config, ConfigError
 from therapy_jax.files import as_path, is_remote, write_json, write_text
 from therapy_jax.page import CSS, PAGE, decimals, esc, figure, loupe_table, section, strip, table
@@ -162,6 +162,8 @@ def systems(results: Mapping[str, Any]) -> str:
 
 def experiment(folder: Path, results: Mapping[str, Any]) -> str:
     """A grid: its two tables, its curves, and the way to each cell's own report."""
+    from therapy_jax import grid_results  # nltk: a second or two, for grids alone
+
     picture = folder / "curves.png"
     shown = (
         figure("curves", {"light": picture.read_bytes()}, "Validation curves of the PPO cells")
