@@ -172,7 +172,7 @@ def fit_head(
 
 def scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
     """accuracy and macro_f1 (over the classes that occur in gold)."""
-    from therapy_jax import metrics  # nltk: a second or two, and 160 MB, which a run without heads to train need not pay
+    from therapy_jax import metrics  # nltk: a second or two, and 160 MB
 
     found = metrics.emotion_scores(predicted, gold, prefix="head")
     return {name.removeprefix("head_"): value for name, value in found.items()}
