@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from therapy_jax import gpt2, sft, weights
-from therapy_jax.attention import attention
+from therapy_jax.attention import QUERIES, attention, causal_attention
 from therapy_jax.batching import Batch
 from therapy_jax.head import logprobs_and_entropy
 
@@ -242,3 +242,32 @@ def test_attention_drops_weights_after_the_softmax():
     np.testing.assert_allclose(got[got != 0], (weights / 0.75)[got != 0], rtol=1e-4)
     n = (weights > 0).sum()
     assert abs((got[weights > 0] == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
+
+
+@pytest.mark.parametrize("length", [QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 40])
+def test_a_long_row_mixes_as_jaxs_attention_does_and_has_its_gradients(length):
+    """jax.nn.dot_product_attention, which is not ours, with the same mask: causal, and the first row has padding on its left."""
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 3, length, 8))
+    visible = np.tril(np.ones((length, length), bool)) & (np.arange(length) >= [[[7]], [[0]]])
+    real = (np.arange(length) >= [[7], [0]])[:, None, :, None]  # what a padding query gives is of no use
+
+    def oracle(q, k, v):
+        turned = (x.swapaxes(1, 2) for x in (q, k, v))
+        return jax.nn.dot_product_attention(*turned, mask=visible[:, None]).swapaxes(1, 2)
+
+    def both(f):
+        return jax.value_and_grad(lambda *x: (jnp.where(real, f(*x), 0.0) * g).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    ours, theirs = both(lambda q, k, v: causal_attention(q, k, v, jnp.asarray(visible), 0.0, None)), both(oracle)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)  # sums of up to 552 products in another order
+
+
+def test_stretches_of_a_row_drop_other_weights():
+    length = 2 * QUERIES
+    q = k = jnp.zeros((1, 1, length, 8))  # all weights are alike: what differs is what was dropped
+    v, seen = jnp.eye(length)[None, None], jnp.tril(jnp.ones((1, length, length), bool))
+    dropped = np.asarray(causal_attention(q, k, v, seen, 0.5, jax.random.key(0))[0, 0] == 0)
+    first, second = dropped[:QUERIES, :QUERIES], dropped[QUERIES:, :QUERIES]
+    both = np.tril(np.ones((QUERIES, QUERIES), bool))
+    assert abs((first[both] == second[both]).mean() - 0.5) < 0.02

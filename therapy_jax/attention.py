@@ -1,13 +1,15 @@
-"""How tokens see one another: which ones, and the two forms of attention that mix them.
+"""How tokens see one another: which ones, and the forms of attention that mix them.
 
     attention = softmax(q k^T / sqrt(K) where visible) v                   (Vaswani et al. 2017, eq. 1)
 
-`attention` writes the scores out and runs anywhere; `fused_attention` is the same by a kernel of cuDNN's that never does. Axes:
-B batch, T tokens, S slots (of the same row or of a cache), H heads, K width of a head.
+`attention` writes all scores out and runs anywhere; `causal_attention` leaves most of those out that nobody sees;
+`fused_attention` is the same by a kernel of cuDNN's that never writes any. Axes: B batch, T tokens, S slots (of the same row or
+of a cache), H heads, K width of a head.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from jax.sharding import Mesh
 from therapy_jax.products import on_gpu
 
 Array = jax.Array
+
+QUERIES = 256  # of `causal_attention` at a time: of fewer, the products are too small to run at full speed
 
 
 class Layout(NamedTuple):
@@ -60,6 +64,19 @@ def attention(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible_BTS: Array, r
     weights_BHTS = dropout(weights_BHTS, rate, key).astype(v_BHSK.dtype)
     mixed_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS, v_BHSK, preferred_element_type=jnp.float32)
     return (mixed_BHTK / sums_BHT1).astype(v_BHSK.dtype)
+
+
+def causal_attention(
+    q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array, rate: float, key: Array | None
+) -> Array:
+    """`attention` of a row with itself -> [B, H, T, K], a stretch of queries after the other. Nobody sees what comes later in the
+    row: a stretch takes the keys up to its own end, and of a long row nearly half of the scores are never made."""
+    length = q_BHTK.shape[2]
+    mixed = []
+    for start, end in itertools.pairwise([*range(0, length, QUERIES), length]):
+        own = q_BHTK[:, :, start:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], visible_BTT[:, start:end, :end]
+        mixed.append(attention(*own, rate, None if key is None else jax.random.fold_in(key, start)))
+    return jnp.concatenate(mixed, 2)
 
 
 def fused_attention(q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array | None) -> Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from therapy_jax.attention import Layout, attention, can_fuse, dropout, fused_attention, visible
+from therapy_jax.attention import Layout, attention, can_fuse, causal_attention, dropout, fused_attention, visible
 from therapy_jax.products import dense, few_rows, on_cpu, on_gpu, product
 from therapy_jax.sharding import constrain, gathered
 
@@ -242,10 +242,10 @@ class GPT2(nn.Module):
                 if kv is not None:
                     old_new = zip(kv, (k_BHTK, v_BHTK), strict=True)
                     kv = tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0)) for old, new in old_new)
-                    k_BHTK, v_BHTK = kv
-                elif key is None and can_fuse(q_BHTK, c.mesh):
+                    return attention(q_BHTK, *kv, visible_BTS, c.dropout, attention_key)
+                if key is None and can_fuse(q_BHTK, c.mesh):
                     return fused_attention(q_BHTK, k_BHTK, v_BHTK, None if causal_only else visible_BTS)
-                return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
+                return causal_attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
 
             return constrain(block(c, p, x_BTD, attend, block_key), "rows", c.mesh), kv
 
