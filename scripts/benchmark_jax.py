@@ -78,7 +78,8 @@ def first_call(program: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
-    """agree: losses of the first steps, nats per supervised token; grad/NAME, the first step's gradient."""
+    """agree: losses of the first steps, nats per supervised token; grad/NAME, the first step's gradient; change/NAME, what the
+    parameters have moved by after those steps."""
     model, params = load_model(task)
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
@@ -93,6 +94,7 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
             return loss / tokens
 
         agree |= theirs(model.config, jax.device_get(jax.jit(jax.grad(mean_loss))(params)), "grad")
+    before = jax.tree.map(np.array, params) if task["check"] else None
 
     program, state = sft_program(task, model, params, batch.tokens.shape[0])
     del params  # donated with the state
@@ -104,7 +106,10 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
 
     loss, seconds = first_call(step)
     if task["check"]:
-        worker.save(task["agree"], agree | {"losses": [loss] + [step() for _ in range(task["steps"] - 1)]})
+        losses = [loss] + [step() for _ in range(task["steps"] - 1)]
+        moved = jax.tree.map(np.subtract, jax.device_get(state.params), before)
+        worker.save(task["agree"], agree | theirs(model.config, moved, "change") | {"losses": losses})
+        del before, moved
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(lambda: jax.block_until_ready(step()))
 
 
@@ -122,7 +127,7 @@ def sft_program(task: worker.Json, model: gpt2.GPT2, params: Params, size: int) 
 
 def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     """SFT on rows of whole conversations, packed_NAME [S, B, T]; a run takes all S steps. agree: loss, nats per supervised
-    token of all of them, before any step."""
+    token of all of them, before any step, and grad/NAME, its gradient."""
     model, params = load_model(task)
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "loss_mask")
@@ -132,9 +137,16 @@ def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow
     count = len(stacked.tokens)
     batches = [jax.device_put(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count)]
     if task["check"]:
-        loss_of = jax.jit(functools.partial(sft.sft_loss, key=None, model=model))
-        sums = np.asarray([jax.device_get(loss_of(params, batch)) for batch in batches]).sum(0)
-        worker.save(task["agree"], {"losses": [sums[0] / sums[1]]})
+        loss_of = functools.partial(sft.sft_loss, key=None, model=model)
+        loss_and_gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+        sums, gradient = np.zeros(2), jax.tree.map(np.zeros_like, jax.device_get(params))
+        for batch in batches:
+            found, grads = jax.device_get(loss_and_gradient(params, batch))
+            sums += np.asarray(found)
+            gradient = jax.tree.map(np.add, gradient, grads)
+        gradient = jax.tree.map(lambda x: x / sums[1], gradient)
+        worker.save(task["agree"], theirs(model.config, gradient, "grad") | {"losses": [sums[0] / sums[1]]})
+        del gradient, grads
     program, state = sft_program(task, model, params, stacked.tokens.shape[1])
     key = jax.random.key(0)
 

@@ -11,7 +11,7 @@ from therapy_jax.flops import Size, forward_flops, generation_flops, ppo_flops, 
 
 # What the work costs is the same count for both sides of a row, whatever each of them does beyond it.
 
-HYPER_SFT = {"learning_rate": 1e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}
+HYPER_SFT = {"learning_rate": 1e-4, "weight_decay": 0.1, "max_grad_norm": 1.0}
 HYPER_PPO = {
     "learning_rate": 1e-4, "kl_coef": 0.05, "clip": 0.2, "value_clip": 0.2, "value_coef": 0.1, "gamma": 1.0, "lam": 0.95,
     "temperature": 0.7,

@@ -100,8 +100,9 @@ def trainer_of(task: worker.Json, model: Any) -> tuple[Callable[..., torch.Tenso
 
 
 def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
-    """agree: losses of the first steps, grad/NAME of the first; see benchmark_jax.prepare_sft."""
+    """agree: losses of the first steps, grad/NAME of the first, change/NAME after all; see benchmark_jax.prepare_sft."""
     model = load_model(task)
+    before = {name: numpy(p) for name, p in named(model).items()} if task["check"] else {}
     arrays = worker.load(task["batch"])
     tokens = tensor(arrays["tokens"].astype(np.int64))
     labels = tensor(np.where(arrays["loss_mask"], arrays["tokens"], -100).astype(np.int64))
@@ -125,14 +126,17 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     seconds += first_call(update)[1]
     if task["check"]:
         losses = [float(loss)] + [float(step()) for _ in range(task["steps"] - 1)]
-        worker.save(task["agree"], gradients | {"losses": losses})
+        change = {f"change/{name}": numpy(p) - before[name] for name, p in named(model).items()}
+        worker.save(task["agree"], gradients | change | {"losses": losses})
+        del gradients, change
+    del before
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(step)
 
 
 def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     """SFT on a list of padded batches, one example an exchange: tokens_I, attention_mask_I, labels_I for I = 0, 1, ... in
     the .npz, each [B, T] with a T of its own. A run steps through the whole list. agree: loss, nats per supervised token
-    of the list, before any step."""
+    of the list, before any step, and grad/NAME, its gradient."""
     model = load_model(task)
     arrays = worker.load(task["batch"])
     names = ("tokens", "attention_mask", "labels")
@@ -141,9 +145,15 @@ def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow
     loss_of, update = trainer_of(task, model)
     if task["check"]:
         counted = [int((labels[:, 1:] != -100).sum()) for _, _, labels in batches]
-        with torch.no_grad():
-            total = sum(float(loss_of(*batch)) * n for batch, n in zip(batches, counted, strict=True))
-        worker.save(task["agree"], {"losses": [total / sum(counted)]})
+        total = 0.0
+        for batch, n in zip(batches, counted, strict=True):
+            loss = loss_of(*batch) * (n / sum(counted))  # the model's is the mean over the batch
+            loss.backward()
+            total += float(loss.detach())
+        gradients = {f"grad/{name}": numpy(p.grad) for name, p in named(model).items() if p.grad is not None}
+        worker.save(task["agree"], gradients | {"losses": [total]})
+        model.zero_grad(set_to_none=True)
+        del gradients
 
     def step() -> None:
         for batch in batches:
@@ -155,7 +165,9 @@ def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow
 
 
 def prepare_generate(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
-    """agree: tokens i32[B, R], greedy. Without an EOS token nothing ends early and no logits are masked to prevent it."""
+    """agree: tokens i32[B, R], greedy, and tie f32[B]: where a reply parts from ours, by how much the logit of its token is above
+    that of ours, as a share of the spread of all. Without an EOS token nothing ends early and no logits are masked to
+    prevent it."""
     model = load_model(task).eval()
     tokens = tensor(worker.load(task["batch"])["tokens"].astype(np.int64))
     mask, length = torch.ones_like(tokens), task["new_tokens"]
@@ -172,7 +184,14 @@ def prepare_generate(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     assert reply.shape == (len(tokens), length)
     if task["check"]:
         greedy = step(do_sample=False, top_k=None)
-        worker.save(task["agree"], {"tokens": greedy.cpu().numpy().astype(np.int32)})
+        ours = tensor(worker.load(task["ours"])["tokens"].astype(np.int64))
+        tie = np.zeros(len(tokens), np.float32)
+        for i in (greedy != ours).any(1).nonzero()[:, 0].tolist():
+            at = int((greedy[i] != ours[i]).nonzero()[0])
+            with torch.inference_mode():
+                logits = model(torch.cat((tokens[i], greedy[i, :at]))[None]).logits[0, -1]
+            tie[i] = float((logits[greedy[i, at]] - logits[ours[i, at]]) / logits.std())
+        worker.save(task["agree"], {"tokens": greedy.cpu().numpy().astype(np.int32), "tie": tie})
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(step)
 
 

@@ -72,21 +72,34 @@ def test_baseline_fails_below_60_percent_of_what_was_kept():
 
 def test_what_does_not_agree_is_seen():
     grad = {"grad/a": np.ones(3), "grad/b": np.zeros(1)}
-    same = {"losses": np.ones(2), **grad}
+    same = {"losses": np.ones(2), **grad, "change/a": np.ones(3)}
 
     def agrees(theirs):
         return [c.agrees for c in benchmark_agree.compare("row", "sft", "float32", same, theirs)]
 
-    assert agrees(same) == [True, True]
-    assert agrees({**same, "losses": np.asarray([1.0, 1.001])}) == [False, True]
-    assert agrees({**same, "losses": np.asarray([1.0, np.nan])}) == [False, True]
-    assert agrees({**same, "losses": np.ones(3)}) == [False, True]
-    assert agrees({**same, "grad/a": np.asarray([1.0, 1.0, 1.01])}) == [True, False]
-    assert agrees({"losses": np.ones(2), "grad/a": np.ones(3)}) == [True, False]  # a tensor that one side lacks
+    assert agrees(same) == [True, True, True]
+    assert agrees({**same, "losses": np.asarray([1.0, 1.001])}) == [False, True, True]
+    assert agrees({**same, "losses": np.asarray([1.0, np.nan])}) == [False, True, True]
+    assert agrees({**same, "losses": np.ones(3)}) == [False, True, True]
+    assert agrees({**same, "grad/a": np.asarray([1.0, 1.0, 1.01])}) == [True, False, True]
+    assert agrees({**same, "change/a": np.asarray([1.0, 1.0, 1.001])}) == [True, True, False]
+    lacking = {name: x for name, x in same.items() if name != "grad/b"}  # a tensor that one side lacks
+    assert agrees(lacking) == [True, False, True]
     replies = np.zeros((10, 4), int)
     other = replies.copy()
     other[:2, 3] = 1
     assert benchmark_agree.differing_replies(replies, other) == 0.2
+
+    def greedy(theirs, tie):
+        found = {"tokens": theirs, "tie": np.asarray(tie)}
+        return [c.agrees for c in benchmark_agree.compare("row", "generate", "float32", {"tokens": replies}, found)]
+
+    one = replies.copy()
+    one[0, 2:] = 1
+    assert greedy(one, [9e-5] + [0.0] * 9) == [True, True], "a tie but for rounding"
+    assert greedy(one, [2e-4] + [0.0] * 9) == [True, False], "another token was likelier"
+    assert greedy(one, [np.nan] + [0.0] * 9) == [True, False]
+    assert greedy(other, [0.0] * 10) == [False, True]
 
 
 def test_batches_are_the_same_each_time_and_wholly_supervised():
@@ -276,10 +289,16 @@ def test_both_sides_agree_and_the_agreeing_ones_are_timed(tmp_path):
 
 
 SABOTAGE = """#!{python}
-# A Python whose torch model is a little off: its last layer norm has another bias.
+# A Python whose torch is a little off.
 import runpy, sys
 from pathlib import Path
 import torch, transformers
+{fault}
+sys.argv = sys.argv[1:]
+sys.path[0] = str(Path(sys.argv[0]).parent)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+OTHER_MODEL = """
 load = transformers.GPT2LMHeadModel.from_pretrained
 def from_pretrained(*arguments, **more):
     model = load(*arguments, **more)
@@ -287,21 +306,36 @@ def from_pretrained(*arguments, **more):
         model.transformer.ln_f.bias += torch.linspace(-0.5, 0.5, len(model.transformer.ln_f.bias))
     return model
 transformers.GPT2LMHeadModel.from_pretrained = from_pretrained
-sys.argv = sys.argv[1:]
-sys.path[0] = str(Path(sys.argv[0]).parent)
-runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+OTHER_OPTIMIZER = """
+AdamW = torch.optim.AdamW
+torch.optim.AdamW = lambda groups, **more: AdamW([dict(group, weight_decay=0.0) for group in groups], **more)
 """
 
 
 @pytest.mark.slow
-def test_a_peer_that_disagrees_is_not_timed(tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        (
+            OTHER_MODEL,
+            {"losses", "gradient", "change of the parameters", "replies that differ", "logits where they part"},
+        ),
+        (OTHER_OPTIMIZER, {"change of the parameters"}),
+    ],
+    ids=["model", "optimizer"],
+)
+def test_a_peer_that_disagrees_is_not_timed(fault, seen, tmp_path):
     pytest.importorskip("torch")
     python, out = tmp_path / "python", tmp_path / "bench.json"
-    python.write_text(SABOTAGE.format(python=sys.executable))
+    python.write_text(SABOTAGE.format(python=sys.executable, fault=fault))
     python.chmod(0o755)
-    done = run("--quick", "--what", "sft", "--compare", "torch", "--torch_python", str(python), "--out", str(out))
+    what = "sft,generate" if fault == OTHER_MODEL else "sft"
+    done = run("--quick", "--what", what, "--compare", "torch", "--torch_python", str(python), "--out", str(out))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DISAGREES" in done.stdout and "Traceback" not in done.stdout
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["state"] == "not timed: the two sides do not agree"
-    assert "ratio" not in row and "seconds" not in row
+    rows = json.loads(out.read_text())["rows"]
+    assert {check["quantity"] for row in rows for check in row["agreement"] if not check["agrees"]} == seen
+    for row in rows:
+        assert row["state"] == "not timed: the two sides do not agree"
+        assert "ratio" not in row and "seconds" not in row
