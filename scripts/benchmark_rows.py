@@ -99,6 +99,17 @@ def make_rows(
                         check=f"sft {model} {dtype} {how}", useful=useful, flops=(flops, flops), **torch,
                     )
                 )  # fmt: skip
+            if not quick:  # what train_sft.py learns from: a reply, and before it what is only read
+                reply = t // 4
+                flops = 3 * forward_flops(size, b * t, b * t * t, b * reply)
+                rows.append(
+                    Row(
+                        f"sft {model} {b}x{t}, loss on the last {reply}, float32 against torch compiled", work="sft",
+                        ours="jax float32", peer="torch compiled", task={**same, "batch": "replies", "dtype": "float32"},
+                        ours_task={}, peer_task={"compile": True}, check=f"sft {model} replies", useful=b * reply,
+                        flops=(flops, flops), **torch,
+                    )
+                )  # fmt: skip
         if "long" in what:
             b, t = shape.long
             flops = training_flops(size, b, t)
@@ -180,11 +191,12 @@ def make_rows(
 def make_batch(name: str, size: Size, shape: Shapes) -> dict[str, np.ndarray]:
     """Random, from a fixed seed: what both sides read."""
     random = np.random.default_rng(0)
-    if name in ("sft", "memory", "long"):
-        tokens = random.integers(0, size.vocabulary, getattr(shape, name)).astype(np.int32)
+    if name in ("sft", "replies", "memory", "long"):
+        tokens = random.integers(0, size.vocabulary, getattr(shape, name, shape.sft)).astype(np.int32)
         mask = np.ones(tokens.shape, bool)
         loss_mask = mask.copy()
-        loss_mask[:, 0] = False  # as batching.unsupervised: nothing comes before the first
+        first = tokens.shape[1] - tokens.shape[1] // 4 if name == "replies" else 1
+        loss_mask[:, :first] = False  # as batching.unsupervised: nothing comes before the first
         return {"tokens": tokens, "attention_mask": mask, "loss_mask": loss_mask}
     if name in ("generate", "ppo"):
         b, p = shape.generate[:2] if name == "generate" else shape.ppo[:2]

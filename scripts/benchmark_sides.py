@@ -106,6 +106,6 @@ def write_inputs(settings: Settings, sizes: Mapping[str, Size], shapes: Mapping[
         }
         with settings.worker("benchmark_jax.py") as ask:
             ask({"do": "prepare", "work": "export", "folder": str(settings.folder / model), "sizes": config})
-        for work in ("sft", "long", "memory", "generate", "ppo", "rewards"):
+        for work in ("sft", "replies", "long", "memory", "generate", "ppo", "rewards"):
             arrays: dict[str, Any] = dict(make_batch(work, size, shape))
             np.savez(settings.folder / f"{model}.{work}.npz", **arrays)

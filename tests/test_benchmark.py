@@ -102,9 +102,9 @@ def test_what_does_not_agree_is_seen():
     assert greedy(other, [0.0] * 10) == [False, True]
 
 
-def test_batches_are_the_same_each_time_and_wholly_supervised():
+def test_batches_are_the_same_each_time_and_supervised_as_said():
     shape = Shapes(sft=(3, 5), generate=(2, 4, 3), ppo=(2, 4, 3, 1, 1), memory=(1, 6), rewards=(4, 8), long=(2, 7))
-    for name in ("sft", "long", "memory", "generate", "ppo", "rewards"):
+    for name in ("sft", "replies", "long", "memory", "generate", "ppo", "rewards"):
         one, two = (benchmark_rows.make_batch(name, SMALL, shape) for _ in range(2))
         assert all(np.array_equal(one[key], two[key]) for key in one)
     batch = benchmark_rows.make_batch("sft", SMALL, shape)
@@ -112,7 +112,11 @@ def test_batches_are_the_same_each_time_and_wholly_supervised():
     rows = {
         row.name: row for row in benchmark_rows.make_rows(["sft"], ["nano"], {"nano": SMALL}, {"nano": shape}, False)
     }
-    assert {row.useful for row in rows.values()} == {3 * 4} and len(rows) == 3
+    (on_replies,) = [row for row in rows.values() if row.task["batch"] == "replies"]
+    # A quarter of 5 tokens is 1: 15 tokens, 75 pairs, 3 predictions, and 3 times the forward pass.
+    assert on_replies.useful == 3 and on_replies.flops[0] == 3 * (96 * 15 + 8 * 75 + 40 * 3)
+    assert benchmark_rows.make_batch("replies", SMALL, shape)["loss_mask"].tolist() == [[False] * 4 + [True]] * 3
+    assert {row.useful for row in rows.values() if row is not on_replies} == {3 * 4} and len(rows) == 4
     (row,) = benchmark_rows.make_rows(["long"], ["nano"], {"nano": SMALL}, {"nano": shape}, False)
     assert row.useful == 2 * 6 and row.task["batch"] == "long" and "2x7, bfloat16" in row.name
 
