@@ -242,7 +242,8 @@ class GPT2(nn.Module):
                 if kv is not None:
                     old_new = zip(kv, (k_BHTK, v_BHTK), strict=True)
                     kv = tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0)) for old, new in old_new)
-                    return attention(q_BHTK, *kv, visible_BTS, c.dropout, attention_key)
+                    k_BHTK, v_BHTK = kv
+                    return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
                 if key is None and can_fuse(q_BHTK, c.mesh):
                     return fused_attention(q_BHTK, k_BHTK, v_BHTK, None if causal_only else visible_BTS)
                 return causal_attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
