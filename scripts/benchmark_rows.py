@@ -104,7 +104,7 @@ def make_rows(
                 flops = 3 * forward_flops(size, b * t, b * t * t, b * reply)
                 rows.append(
                     Row(
-                        f"sft {model} {b}x{t}, loss on the last {reply}, float32 against torch compiled", work="sft",
+                        f"sft {model} {b}x{t} with a loss on the last {reply}, float32 against torch compiled", work="sft",
                         ours="jax float32", peer="torch compiled", task={**same, "batch": "replies", "dtype": "float32"},
                         ours_task={}, peer_task={"compile": True}, check=f"sft {model} replies", useful=b * reply,
                         flops=(flops, flops), **torch,
