@@ -109,7 +109,6 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
         losses = [loss] + [step() for _ in range(task["steps"] - 1)]
         moved = jax.tree.map(np.subtract, jax.device_get(state.params), before)
         worker.save(task["agree"], agree | theirs(model.config, moved, "change") | {"losses": losses})
-        del before, moved
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(lambda: jax.block_until_ready(step()))
 
 

@@ -128,8 +128,6 @@ def prepare_sft(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
         losses = [float(loss)] + [float(step()) for _ in range(task["steps"] - 1)]
         change = {f"change/{name}": numpy(p) - before[name] for name, p in named(model).items()}
         worker.save(task["agree"], gradients | change | {"losses": losses})
-        del gradients, change
-    del before
     return {"compile_seconds": seconds, "agree": task["agree"]}, worker.each(step)
 
 

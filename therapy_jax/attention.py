@@ -22,7 +22,7 @@ from therapy_jax.products import on_gpu
 
 Array = jax.Array
 
-QUERIES = 256  # of `causal_attention` at a time: of fewer, the products are too small to run at full speed
+QUERIES = 256  # of `causal_attention` at a time: fewer gained no more, and make a longer program
 
 
 class Layout(NamedTuple):
