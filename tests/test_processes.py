@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,9 @@ TINY = {
     "sampling.max_new_tokens": 8, "classifiers.epochs": 1, "evaluate.batch_size": 16, "evaluate.limit": 16,
     "evaluate.bootstrap": 20, "evaluate.systems": "[base, sft, ppo, retrieval]",
 }  # fmt: skip
+
+# What Gloo prints as its threads connect, in pieces that come between one another.
+GLOO = r"\[Gloo\] Rank |\d| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s"
 
 
 def start(
@@ -75,7 +79,7 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
             said = [process.communicate(timeout=900)[0] for process in running]
             assert [process.returncode for process in running] == [0] * processes, said[-1][-3000:]
             for text in said[1:]:  # the second process says nothing of its own
-                assert all("Gloo" in line or "peer ranks" in line for line in text.splitlines()), text[-2000:]
+                assert not re.sub(GLOO, "", text), text[-2000:]
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert one.keys() == two.keys()
     for key in [key for key in one if key[0] in ("base", "sft")][:10]:
