@@ -160,13 +160,14 @@ def prepare_conversations(task: worker.Json) -> tuple[worker.Json, worker.Follow
 
 
 def prepare_generate(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
-    """agree: tokens i32[B, R], greedy."""
+    """Tokens and mask are what the program gives, as evaluate.py's: no log-probs, which the peer computes no more than it.
+    agree: tokens i32[B, R], greedy."""
     model, params = load_model(task)
     tokens = worker.load(task["batch"])["tokens"]
     prompt: Prompt = jax.device_put(Prompt(tokens, np.ones(tokens.shape, bool)))
     top_k = task["top_k"]
     cfg = SamplingConfig(max_new_tokens=task["new_tokens"], temperature=1.0 if top_k else 0.0, top_k=top_k)
-    program = jax.jit(functools.partial(generate, model=model, cfg=cfg))
+    program = jax.jit(lambda *args: generate(*args, model=model, cfg=cfg)[:2])
     calls = 0
 
     def step():
@@ -174,8 +175,8 @@ def prepare_generate(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
         calls += 1
         return program(params, prompt, jax.random.key(calls))
 
-    reply, seconds = first_call(step)
-    assert bool(reply.mask.all())  # every reply is as long as it may be
+    (_, mask), seconds = first_call(step)
+    assert bool(mask.all())  # every reply is as long as it may be
     if task["check"]:  # no two samplers draw alike: what must agree is greedy, also where sampling is timed
         plain = dataclasses.replace(cfg, temperature=0.0, top_k=0)
         greedy = jax.jit(functools.partial(generate, model=model, cfg=plain))

@@ -84,8 +84,8 @@ def answer(
         mine = np.asarray(indices)[sharding.my_rows(mesh, size)]
         prompt = batching.prompts([rows[i] for i in mine], length)
         split = sharding.split_batch(mesh, (prompt, mine))
-        reply = sharding.fetch(program(params, *split, key, model=model, cfg=cfg, times=times))
-        written = [tokens[mask].tolist() for tokens, mask in zip(reply.tokens, reply.mask, strict=True)]
+        found = sharding.fetch(program(params, *split, key, model=model, cfg=cfg, times=times))
+        written = [tokens[mask].tolist() for tokens, mask in zip(*found, strict=True)]
         for place, i in enumerate(indices):
             replies[i] = written[place * times : (place + 1) * times]
     return [ids for those in replies for ids in those]
@@ -126,11 +126,13 @@ def generate_rows(
     model: gpt2.GPT2,
     cfg: SamplingConfig,
     times: int,
-) -> Reply:
-    """`generate`, where the place of a prompt in its batch is not its number: rows i32[N]."""
+) -> tuple[jax.Array, jax.Array]:
+    """`generate`, where the place of a prompt in its batch is not its number: rows i32[N] -> (tokens, mask) of the replies. Log-probs
+    that leave no program are not computed: a sum over the vocabulary is spared for each token."""
     keys = jax.random.split(key, times) if times > 1 else key[None]
     each = jax.vmap(lambda i: jax.vmap(lambda k: jax.random.fold_in(k, i))(keys))(rows)
-    return generate(params, prompt, each.reshape(-1), model=model, cfg=cfg, times=times)
+    reply = generate(params, prompt, each.reshape(-1), model=model, cfg=cfg, times=times)
+    return reply.tokens, reply.mask
 
 
 def losses_by_row(params: Any, batch: batching.Batch, *, model: gpt2.GPT2) -> tuple[jax.Array, jax.Array]:

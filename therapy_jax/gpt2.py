@@ -307,9 +307,13 @@ def head(config: GPT2Config, wte: Array, hidden: Array, few: bool = False) -> Ar
     else:
         rows = "bt"[: hidden.ndim - 1]
         logits = jnp.asarray(product(f"{rows}d,vd->{rows}v", dtype, hidden, wte))
-    if config.padded_vocab_size == config.vocab_size:
-        return logits
-    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)
+    spare, lowest = config.padded_vocab_size - config.vocab_size, jnp.finfo(jnp.float32).min
+    if config.mesh is not None and config.mesh.size > 1:  # written where each device has them
+        return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, lowest) if spare else logits
+    # Written in place, into the two axes that the product has: a choice in every column would be one more pass over all of them.
+    rows = logits.reshape(-1, config.padded_vocab_size)
+    rows = jax.lax.dynamic_update_slice(rows, jnp.full((len(rows), spare), lowest), (0, config.vocab_size))
+    return rows.reshape(logits.shape)
 
 
 class ValueHead(nn.Module):

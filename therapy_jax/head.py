@@ -8,12 +8,20 @@ pass would be a fourth).
 
     sum over counted tokens of token_loss(logprob, entropy, ...)       logprob = log softmax(hidden @ wte.T / temperature)[token]
 
+Its gradient is written out, with p the softmax, H the entropy, a and b the token_loss's own derivatives by logprob and entropy:
+
+    d loss / d logits = a onehot(token) - p (a + b (log p + H))
+
+The first term touches one row of wte a token. Where b is 0 the second is p itself, times a number that each row's D hidden numbers
+can carry: nothing of V columns is then written but logits and exponentials.
+
 The walk is as long as there are counted tokens, so no shape depends on how many there are.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +30,7 @@ import jax.numpy as jnp
 
 from therapy_jax import gpt2
 from therapy_jax.gpt2 import Array
-from therapy_jax.products import on_gpu
+from therapy_jax.products import on_gpu, product
 from therapy_jax.sharding import constrain, gathered, row_shards
 
 # Tokens whose logits exist at a time: enough for a matrix product to run at full speed.
@@ -36,6 +44,7 @@ class Spec(NamedTuple):
     config: gpt2.GPT2Config
     token_loss: Callable[..., Array] | None = None  # (logprobs, entropy, *extra) -> loss of each token; None = no loss
     temperature: float = 1.0
+    with_entropy: bool = True  # token_loss needs the entropy; False: it gets None, and a pass over all logits is spared
 
 
 def chunk_size(rows: int) -> int:
@@ -51,23 +60,9 @@ def temper(hidden: Array, temperature: float) -> Array:
     return hidden if temperature in (0.0, 1.0) else hidden / temperature
 
 
-@jax.custom_vjp
 def pick(logits: Array, tokens: Array) -> Array:
-    """logits[..., token]. Its gradient is written as a comparison, which fuses with what else flows into the logits; that of
-    a gather would be a scatter into a new array of zeros."""
+    """logits[..., token]."""
     return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-
-
-def _pick_forward(logits, tokens):
-    return pick(logits, tokens), (tokens, logits.shape[-1])
-
-
-def _pick_backward(residual, g):
-    tokens, size = residual
-    return jnp.where(jnp.arange(size) == tokens[..., None], g[..., None], 0.0), None
-
-
-pick.defvjp(_pick_forward, _pick_backward)
 
 
 def dot(weights: Array, values: Array) -> Array:
@@ -86,15 +81,36 @@ def total(weights: Array) -> Array:
     return dot(weights, jnp.ones(weights.shape[-1]))
 
 
-def logprobs_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
+def highest(logits: Array) -> Array:
+    """Maximum over the vocabulary, f32[...,V] -> f32[...,1]. A CPU takes that of blocks first: of whole rows it uses one core."""
+
+    def by_blocks(logits):
+        blocks = logits.reshape(*logits.shape[:-1], -1, math.gcd(logits.shape[-1], 128))
+        return jax.lax.optimization_barrier(blocks.max(-1)).max(-1, keepdims=True)
+
+    return jax.lax.platform_dependent(logits, cpu=by_blocks, default=lambda x: x.max(-1, keepdims=True))
+
+
+class Softmax(NamedTuple):
+    """softmax = weights / z: one pass of exponentials serves log-probs, entropy and gradient."""
+
+    weights: Array  # f32[...,V]: exp(logits - highest)
+    z: Array  # f32[...]
+    log_z: Array  # f32[...] nats, of the logits as they are
+
+
+def softmax(logits: Array) -> Softmax:
+    top = highest(logits)
+    weights = jnp.exp(logits - top)
+    z = total(weights)
+    return Softmax(weights, z, top[..., 0] + jnp.log(z))
+
+
+def logprobs_and_entropy(logits: Array, tokens: Array, over: Softmax) -> tuple[Array, Array]:
     """logits f32[...,V], tokens i32[...] -> log softmax(logits)[token] and -sum p log p, f32[...] nats each.
 
     The log-probs have the same bits whether or not somebody asks for the entropy."""
-    highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits - highest)  # one pass for both sums: softmax is weights / z
-    z = total(weights)
-    log_z = highest[..., 0] + jnp.log(z)
-    return pick(logits, tokens) - log_z, log_z - dot(weights, logits) / z
+    return pick(logits, tokens) - over.log_z, over.log_z - dot(over.weights, logits) / over.z
 
 
 def walk(
@@ -106,7 +122,7 @@ def walk(
     parts = shards if tokens.shape[0] % shards == 0 else 1
     rows = tokens.size // parts
 
-    wte = gathered({"wte": wte}, mesh)["wte"]
+    wte = jnp.asarray(gathered({"wte": wte}, mesh)["wte"])
 
     def split(x):
         return constrain(x.reshape(parts, rows, *x.shape[tokens.ndim :]), "rows", mesh)
@@ -119,13 +135,36 @@ def walk(
     order = jnp.pad(order, ((0, 0), (0, steps * size - rows)))
     count = counted_GN.sum(1, keepdims=True)
 
-    def chunk_loss(wte, hidden_ND, valid, tokens, *extra):
-        logits_NV = gpt2.head(spec.config, wte, temper(hidden_ND, spec.temperature))
-        logprobs, entropy = logprobs_and_entropy(logits_NV, tokens)
+    def read(hidden_GCD, valid, tokens, *extra):
+        """A chunk of each part -> losses f32[G], (log-probs, entropy) f32[G,C], and where they are wanted what the losses add to
+        the gradients: to those of all of wte, to that of each token's own row of wte, and to those of the hidden states."""
+        hidden_GCD = temper(hidden_GCD, spec.temperature)
+        logits_GCV = gpt2.head(spec.config, wte, hidden_GCD)
+        over = softmax(logits_GCV)
+        found = logprobs_and_entropy(logits_GCV, tokens, over)
         # What is beyond the last counted token is 0 and, for good measure, so is all that its loss could be made of.
-        logprobs, entropy, *extra = (jnp.where(valid, x, 0.0) for x in (logprobs, entropy, *extra))
-        losses = jnp.zeros(()) if spec.token_loss is None else spec.token_loss(logprobs, entropy, *extra)
-        return jnp.where(valid, losses, 0.0).sum(), (logprobs, entropy)
+        logprobs, entropy, *others = (jnp.where(valid, x, 0.0) for x in (*found, *extra))
+
+        def losses(logprobs, entropy):
+            given = logprobs, entropy if spec.with_entropy else None, *others
+            return jnp.where(valid, spec.token_loss(*given) if spec.token_loss else 0.0, 0.0)
+
+        each, pull = jax.vjp(losses, logprobs, entropy)
+        result = each.sum(1), (logprobs, entropy)
+        if not with_grads:
+            return *result, None
+        a_GC1, b_GC1, z_GC1 = (x[..., None] for x in (*pull(jnp.ones_like(each)), over.z))
+        weights_GCV, scale_GC1 = over.weights, -a_GC1 / z_GC1
+        if spec.with_entropy:
+            factor_GCV = a_GC1 + b_GC1 * (logits_GCV - (over.log_z - entropy)[..., None])
+            weights_GCV = jnp.where(weights_GCV > 0, weights_GCV * factor_GCV, 0.0)  # a spare word's logit may overflow
+            scale_GC1 = -1.0 / z_GC1
+        # Rows of D numbers are scaled, not those of V. No spare word has weight, so these gradients need not know of them.
+        as_logits = functools.partial(product, "nd,vd->nv", jnp.dtype(spec.config.compute_dtype))
+        pull_part = jax.vmap(lambda hidden_CD, weights_CV: jax.vjp(as_logits, hidden_CD, wte)[1](weights_CV))
+        to_hidden_GCD, to_wte_GVD = pull_part(hidden_GCD * scale_GC1, weights_GCV)
+        to_hidden_GCD = to_hidden_GCD * scale_GC1 + a_GC1 * wte[tokens]
+        return *result, (to_wte_GVD, a_GC1 * hidden_GCD, temper(to_hidden_GCD, spec.temperature))
 
     def put(x, indices, new):  # what is beyond the last counted token adds 0 to a position that was counted before
         return jax.vmap(lambda x, i, new: x.at[i].add(new))(x, indices, new)
@@ -135,14 +174,11 @@ def walk(
         indices = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
         valid = i * size + jnp.arange(size) < count
         chunk_GCD = jnp.take_along_axis(hidden_GND, indices[..., None], 1)
-        args = (chunk_GCD, valid, *(jnp.take_along_axis(x, indices, 1) for x in values))
-        axes = (None, *(0 for _ in args))
-        if with_grads:
-            f = jax.vmap(jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True), in_axes=axes)
-            (losses, found), (wte_GVD, more_GCD) = f(wte, *args)
-            grads = grads[0] + wte_GVD, put(grads[1], indices, more_GCD)
-        else:
-            losses, found = jax.vmap(chunk_loss, in_axes=axes)(wte, *args)
+        tokens, *extra = (jnp.take_along_axis(x, indices, 1) for x in values)
+        losses, found, more = read(chunk_GCD, valid, tokens, *extra)
+        if more:
+            to_wte_GVD, to_rows_GCD, to_hidden_GCD = more
+            grads = put(grads[0] + to_wte_GVD, tokens, to_rows_GCD), put(grads[1], indices, to_hidden_GCD)
         out = tuple(put(x, indices, new) for x, new in zip(out, found, strict=True))
         return loss + losses, out, grads
 

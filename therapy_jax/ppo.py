@@ -228,9 +228,9 @@ def ppo_loss(
 
     def token_loss(logprobs, entropy, old_logprobs, advantages):
         loss = policy_loss(logprobs, old_logprobs, advantages, cfg.clip)
-        return loss - cfg.entropy_coef * entropy if cfg.entropy_coef else loss
+        return loss if entropy is None else loss - cfg.entropy_coef * entropy
 
-    spec = Spec(model.config, token_loss, temperature)
+    spec = Spec(model.config, token_loss, temperature, with_entropy=bool(cfg.entropy_coef))
     wte = params["policy"]["wte"]
     total, logprobs, _ = head_loss(spec, wte, hidden_BRD, rollout.tokens, mask, (old, advantages))
     loss = total / jnp.maximum(mask.sum(), 1)

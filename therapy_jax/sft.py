@@ -84,7 +84,7 @@ def count_bad(bad_updates: Array, good: Array) -> Array:
     return jnp.where(good, bad_updates * jnp.array([0, 1]), bad_updates + 1)
 
 
-def negative(logprobs: Array, entropy: Array) -> Array:
+def negative(logprobs: Array, entropy: None) -> Array:
     """The loss of a token."""
     return -logprobs
 
@@ -94,7 +94,8 @@ def sft_logprobs(params: Params, batch: Batch, key: Array | None, *, model: gpt2
     which those are, bool[B,T]). Without a key there is no dropout."""
     hidden_BTD, _ = hidden(params, batch.tokens, batch.attention_mask, layout=batch.layout, key=key, model=model)
     targets, counted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.tokens, batch.loss_mask))
-    loss, logprobs, _ = head_loss(Spec(model.config, negative), params["wte"], hidden_BTD, targets, counted)
+    spec = Spec(model.config, negative, with_entropy=False)
+    loss, logprobs, _ = head_loss(spec, params["wte"], hidden_BTD, targets, counted)
     return loss, logprobs, counted
 
 
