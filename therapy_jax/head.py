@@ -100,6 +100,7 @@ class Softmax(NamedTuple):
 
 
 def softmax(logits: Array) -> Softmax:
+    """Over the vocabulary, f32[...,V]."""
     top = highest(logits)
     weights = jnp.exp(logits - top)
     z = total(weights)
