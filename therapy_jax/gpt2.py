@@ -133,18 +133,17 @@ def saved(primitive, *args, **params) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper" or bool(products(primitive, *args, **params))
 
 
-def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None) -> Array:
-    """One transformer block. `attend(q, k, v)` mixes tokens, with or without a cache."""
+def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None, three: bool) -> Array:
+    """One transformer block. `attend(q, k, v)` mixes tokens, with or without a cache; three: by a product each."""
     dtype = jnp.dtype(config.compute_dtype)
     keys = (None, None) if key is None else jax.random.split(key)
 
     h_BTD = layer_norm(x_BTD, p["ln_1"], config.layer_norm_epsilon).astype(dtype)
-    if on_gpu() and x_BTD.shape[1] > 1:
-        # What one product gives would be cut in three for cuDNN, and put together again in the backward pass.
-        three = ({name: x[..., i, :, :] for name, x in p["c_attn"].items()} for i in range(3))
-        q_BHTK, k_BHTK, v_BHTK = (dense("btd,dhk->bthk", h_BTD, part, config.mesh).swapaxes(1, 2) for part in three)
+    if three:
+        parts = ({name: x[..., i, :, :] for name, x in p["c_attn"].items()} for i in range(3))
+        q_BHTK, k_BHTK, v_BHTK = (dense("btd,dhk->bthk", h_BTD, part, config.mesh).swapaxes(1, 2) for part in parts)
     else:
-        # The axes stay in the order of the matrix product: asked for another one, XLA on CPU takes a product twice as slow.
+        # The axes stay in the order of the one product: asked for another one, XLA on CPU takes a product twice as slow.
         qkv_BTCHK = dense("btd,dchk->btchk", h_BTD, p["c_attn"], config.mesh)
         q_BHTK, k_BHTK, v_BHTK = jnp.moveaxis(qkv_BTCHK, (2, 3), (0, 2))
     out_BTD = dense("bhtk,hkd->btd", attend(q_BHTK, k_BHTK, v_BHTK), p["attn_proj"], config.mesh)
@@ -227,6 +226,9 @@ class GPT2(nn.Module):
             seen = jax.lax.dynamic_update_slice(cache.mask, attention_mask, (0, start))
         visible_BTS = (jnp.arange(slots) <= start + jnp.arange(length)[:, None])[None]
         causal_only = layout is None and seen is None
+        # What one product gives is cut in three for attention, and put together again in a backward pass, if there is one. (On a
+        # TPU three would send half as many messages again under fsdp.)
+        three = cache is None and (on_cpu(c.mesh) or on_gpu())
         if layout is not None:
             visible_BTS &= visible(layout)
         elif seen is not None:
@@ -248,7 +250,7 @@ class GPT2(nn.Module):
                     return fused_attention(q_BHTK, k_BHTK, v_BHTK, None if causal_only else visible_BTS)
                 return causal_attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
 
-            return constrain(block(c, p, x_BTD, attend, block_key), "rows", c.mesh), kv
+            return constrain(block(c, p, x_BTD, attend, block_key, three), "rows", c.mesh), kv
 
         numbers = jnp.arange(c.n_layer)
         if cache is None:
