@@ -276,11 +276,16 @@ def prepare_rewards(task: worker.Json) -> tuple[worker.Json, worker.Follow]:
     )
 
 
-def multiply(size: int, dtype: str) -> float:
-    """FLOP/s of a size x size product."""
-    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest" if dtype == "float32" else None))
-    return worker.best_rate(2.0 * size**3, lambda: product(x, x).block_until_ready())
+def multiply(shape: tuple[int, int, int], dtype: str) -> float:
+    """FLOP/s of [rows, inner] times [inner, out], or of the same turned over, which is faster of few rows: the better of the two."""
+    rows, inner, out = shape
+    x, w = (jax.random.normal(jax.random.key(0), size).astype(dtype) for size in ((rows, inner), (inner, out)))
+    product = jax.jit(
+        functools.partial(jnp.einsum, precision="highest" if dtype == "float32" else None), static_argnums=0
+    )
+    forms = [("ri,io->ro", x, w), ("oi,ri->or", w.T.copy(), x)]
+    work = 2.0 * rows * inner * out
+    return max(worker.best_rate(work, lambda form=form: product(*form).block_until_ready()) for form in forms)
 
 
 def stream(size: int) -> float:

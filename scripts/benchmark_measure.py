@@ -92,6 +92,9 @@ def measure(row: Row, settings: Settings, known: dict[str, list[Check]], timed: 
 
     medians = [statistics.median(taken) for taken in seconds]
     ratio = ratio_and_spread(*seconds)
+    alone = (
+        [time_products(row, settings, script) for script in ("benchmark_jax.py", row.script)] if row.products else None
+    )
     if row.measure == "peak_bytes":
         if None in peaks:
             return result | {"state": "not measured: this system does not tell peak memory"}
@@ -107,9 +110,20 @@ def measure(row: Row, settings: Settings, known: dict[str, list[Check]], timed: 
         "flops": row.flops,
         "flops_per_second": [f / s for f, s in zip(row.flops, medians, strict=True)] if row.useful else None,
         "dtype": row.task.get("dtype"),
+        "products_seconds": alone,
+        "limit": medians[1] / alone[0] if alone else None,
         "peak_bytes": peaks,
         "first_call_seconds": [first["compile_seconds"], second["compile_seconds"]],
     }
+
+
+def time_products(row: Row, settings: Settings, script: str) -> float:
+    """Seconds of the row's products with parameters, each timed alone by this side's library (best of 5), and nothing else: a
+    program of that library cannot take less. Attention's products, all passes over arrays and the optimizer come on top."""
+    dtype, shapes = row.task["dtype"], dict.fromkeys(p[:3] for p in row.products)
+    with settings.worker(script) as ask:
+        rate = {shape: ask({"do": "multiply", "shape": shape, "dtype": dtype})["flops"] for shape in shapes}
+    return sum(p.flops / rate[p[:3]] for p in row.products)
 
 
 def warm_up(ask: Ask) -> float:
@@ -141,7 +155,9 @@ def ask_machine(settings: Settings, scripts: Sequence[str], measured: bool, tiny
                 continue
             size = 256 if tiny else 2048 if workers[script]["device"] == "cpu" else 8192
             for dtype in ("float32", "bfloat16"):
-                peak[dtype] = max(peak.get(dtype, 0.0), ask({"do": "multiply", "size": size, "dtype": dtype})["flops"])
+                peak[dtype] = max(
+                    peak.get(dtype, 0.0), ask({"do": "multiply", "shape": [size] * 3, "dtype": dtype})["flops"]
+                )
             if script == "benchmark_jax.py":
                 streamed = ask({"do": "stream", "size": 2**22 if tiny else 2**29})["bytes"]
     return Machine(workers, peak, streamed)

@@ -60,9 +60,21 @@ def best_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table_of(results: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) -> Table:
-    """Two lines a row: ours, theirs."""
+    """Two lines a row: ours, theirs. products: seconds of the matrix products with parameters, timed alone; "of" beside a ratio: what
+    it would be if ours took no more than those."""
     table = Table(title="ours / theirs; ratio above 1: ours is faster (memory: smaller)", show_lines=True)
-    for name in ("row", "side", "seconds", "tokens/s", "GFLOP/s", "of peak", "memory", "first call", "ratio"):
+    for name in (
+        "row",
+        "side",
+        "seconds",
+        "tokens/s",
+        "GFLOP/s",
+        "of peak",
+        "products",
+        "memory",
+        "first call",
+        "ratio",
+    ):
         table.add_column(name, justify="left" if name in ("row", "side") else "right")
     for r in results:
         sides = "\n".join(map(escape, r["sides"]))
@@ -75,6 +87,7 @@ def table_of(results: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) ->
 
         rate, top = r.get("flops_per_second"), peak.get(r.get("dtype") or "", 0.0)
         low, high = r["spread"]
+        limit = f" of {r['limit']:.2f}" if r.get("limit") else ""
         table.add_row(
             escape(r["name"]),
             sides,
@@ -82,9 +95,10 @@ def table_of(results: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) ->
             lines(r.get("tokens_per_second"), "{:,.0f}".format),
             lines(rate, lambda x: f"{x / 1e9:,.1f}"),
             lines([x / top for x in rate] if rate and top else None, "{:.0%}".format),
+            lines(r.get("products_seconds"), "{:.4g}".format),
             lines(r.get("peak_bytes"), lambda x: f"{x / 2**20:,.0f} MiB"),
             lines(r.get("first_call_seconds"), "{:.1f} s".format),
-            f"[bold]{r['ratio']:.2f}[/]\n{low:.2f}..{high:.2f}",
+            f"[bold]{r['ratio']:.2f}[/]{limit}\n{low:.2f}..{high:.2f}",
         )
     return table
 

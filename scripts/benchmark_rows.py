@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from therapy_jax.flops import Size, forward_flops, generation_flops, ppo_flops, training_flops
+from therapy_jax.flops import (
+    Product,
+    Size,
+    forward_flops,
+    generation_flops,
+    generation_products,
+    ppo_flops,
+    ppo_products,
+    training_flops,
+    training_products,
+)
 
 # What the work costs is the same count for both sides of a row, whatever each of them does beyond it.
 
@@ -61,6 +71,7 @@ class Row(NamedTuple):
     useful: int  # tokens of a run that count: supervised ones in training, new ones in generation; 0: no tokens
     flops: tuple[float, float]  # of ours, of theirs
     measure: str = "seconds"  # or "peak_bytes": what the ratio is of
+    products: Sequence[Product] = ()  # with parameters, of ours: timed alone, they are the least that we could take
 
 
 def make_rows(
@@ -86,6 +97,7 @@ def make_rows(
             b, t = shape.sft
             same = {"batch": "sft", "hyper": HYPER_SFT, "steps": 3}
             flops, useful = training_flops(size, b, t), b * (t - 1)
+            products = training_products(size, b * t, b * t)
             kinds = [
                 ("float32", "eager", False),
                 ("float32", "compiled", True),
@@ -96,7 +108,7 @@ def make_rows(
                     Row(
                         f"sft {model} {b}x{t}, {dtype} against torch {how}", work="sft", ours=f"jax {dtype}",
                         peer=f"torch {how}", task={**same, "dtype": dtype}, ours_task={}, peer_task={"compile": compiled},
-                        check=f"sft {model} {dtype} {how}", useful=useful, flops=(flops, flops), **torch,
+                        check=f"sft {model} {dtype} {how}", useful=useful, flops=(flops, flops), products=products, **torch,
                     )
                 )  # fmt: skip
             if not quick:  # what train_sft.py learns from: a reply, and before it what is only read
@@ -107,7 +119,7 @@ def make_rows(
                         f"sft {model} {b}x{t} with a loss on the last {reply}, float32 against torch compiled", work="sft",
                         ours="jax float32", peer="torch compiled", task={**same, "batch": "replies", "dtype": "float32"},
                         ours_task={}, peer_task={"compile": True}, check=f"sft {model} replies", useful=b * reply,
-                        flops=(flops, flops), **torch,
+                        flops=(flops, flops), products=training_products(size, b * t, b * reply), **torch,
                     )
                 )  # fmt: skip
         if "long" in what:
@@ -139,14 +151,14 @@ def make_rows(
                 )  # fmt: skip
         if "generate" in what:
             b, p, r = shape.generate
-            flops = generation_flops(size, b, p, r)
+            flops, products = generation_flops(size, b, p, r), generation_products(size, b, p, r)
             for how, top_k in [("greedy", 0)] if quick else [("greedy", 0), ("top-k 50", 50)]:
                 task = {"batch": "generate", "dtype": "float32", "new_tokens": r, "top_k": top_k}
                 rows.append(
                     Row(
                         f"generate {model} {b}x{p}+{r}, {how}", work="generate", ours="jax float32", peer="torch generate",
                         task=task, ours_task={}, peer_task={}, check=f"generate {model}", useful=b * r,
-                        flops=(flops, flops), **torch,
+                        flops=(flops, flops), products=products, **torch,
                     )
                 )  # fmt: skip
         if "ppo" in what:
@@ -159,7 +171,8 @@ def make_rows(
                     Row(
                         f"ppo {model} {b}x{p}+{r}, {epochs}x{minibatches} steps, {head} critic", work="ppo",
                         ours=f"jax float32, {head}", peer="TRL, separate", task=task, ours_task={"value_head": head},
-                        peer_task={}, check=f"ppo {model}", useful=b * r, flops=(count, separate), **torch,
+                        peer_task={}, check=f"ppo {model}", useful=b * r, flops=(count, separate),
+                        products=ppo_products(size, b, p, r, epochs, minibatches, head == "separate"), **torch,
                     )
                 )  # fmt: skip
         if "memory" in what:
@@ -185,7 +198,7 @@ def make_rows(
                     check=f"rewards {how}", useful=0, flops=(0.0, 0.0),
                 )
             )  # fmt: skip
-    return rows
+    return [row._replace(products=()) for row in rows] if quick else rows
 
 
 def make_batch(name: str, size: Size, shape: Shapes) -> dict[str, np.ndarray]:

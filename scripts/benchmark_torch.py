@@ -345,15 +345,16 @@ def table_reward(table: np.ndarray) -> Any:
     return model
 
 
-def multiply(size: int, dtype: str) -> float:
-    """FLOP/s of a size x size product."""
-    x = torch.randn(size, size, device=DEVICE).to(getattr(torch, dtype))
+def multiply(shape: tuple[int, int, int], dtype: str) -> float:
+    """FLOP/s of [rows, inner] times [inner, out]."""
+    rows, inner, out = shape
+    x, w = (torch.randn(*size, device=DEVICE).to(getattr(torch, dtype)) for size in ((rows, inner), (inner, out)))
 
     def product() -> None:
-        torch.matmul(x, x)
+        torch.matmul(x, w)
         synchronise()
 
-    return worker.best_rate(2.0 * size**3, product)
+    return worker.best_rate(2.0 * rows * inner * out, product)
 
 
 def make_side() -> worker.Side:

@@ -3,7 +3,7 @@
 Standard library and numpy alone, so that a worker can live in any Python. One JSON object a line, on stdin and stdout:
 
     {"do": "hello"}                       -> versions, device, threads
-    {"do": "multiply", "size", "dtype"}   -> {"flops": FLOP/s of a square product, the best of several}
+    {"do": "multiply", "shape", "dtype"}  -> {"flops": FLOP/s of a product, shape = rows, inner, out; the best of several}
     {"do": "stream", "size"}              -> {"bytes": read and written a second by adding to that many bytes}
     {"do": "prepare", "work", ...}        -> {"compile_seconds", "agree": path of the .npz that the other side must equal}
     {"do": "run", "times": n}             -> {"seconds": of n runs}
@@ -34,7 +34,7 @@ class Side(NamedTuple):
     """What a worker can do. Everything else here is the same for all of them."""
 
     hello: Callable[[], Json]
-    multiply: Callable[[int, str], float] | None  # (size, dtype) -> FLOP/s
+    multiply: Callable[[tuple[int, int, int], str], float] | None  # (rows, inner, out), dtype -> FLOP/s
     stream: Callable[[int], float] | None  # bytes -> bytes/s
     works: Mapping[str, Callable[[Json], tuple[Json, Follow]]]  # name -> task -> (answer, what to do in each turn)
     synchronise: Callable[[], None]  # returns once the device has nothing left to do
@@ -66,7 +66,7 @@ def serve(make_side: Callable[[], Side]) -> None:
             answer(side.hello())
         elif question["do"] == "multiply":
             assert side.multiply is not None
-            answer({"flops": side.multiply(question["size"], question["dtype"])})
+            answer({"flops": side.multiply(question["shape"], question["dtype"])})
         elif question["do"] == "stream":
             assert side.stream is not None
             answer({"bytes": side.stream(question["size"])})

@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic, worked by hand, and that it refuses to time what does not agree."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -20,6 +21,8 @@ import benchmark_report  # noqa: E402
 import benchmark_rows  # noqa: E402
 import benchmark_sides  # noqa: E402
 from benchmark_rows import Shapes, Size  # noqa: E402
+
+from therapy_jax import flops  # noqa: E402
 
 SMALL = Size(layers=1, width=2, heads=1, vocabulary=10)  # a block's matrices hold 12 * 2 * 2 = 48 weights
 
@@ -57,6 +60,39 @@ def test_ppo_flops_by_hand():
     # Forward of 5 tokens, 25 pairs, 3 predictions: 480 + 200 + 120 = 800; the critic has no head: 680.
     assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, False) == 592 + 800 + 2 * 3 * 800
     assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, True) == 592 + 1480 + 2 * 3 * 1480
+
+
+def test_products_are_what_the_flops_count_without_attention():
+    # One block: 48 weights a token, 10 * 2 for each prediction; of attention's pairs (8 each) nothing.
+    assert sum(p.flops for p in flops.forward_products(SMALL, 5, 3)) == 480 + 120
+    assert flops.forward_products(SMALL, 5, 0) == [p for p in flops.forward_products(SMALL, 5, 3) if p.out != 10]
+    many = flops.forward_products(SMALL, 2000, 1280)[-1]  # logits of at most 512 tokens at a time
+    assert many == (512, 2, 10, 2.5)
+    (b, p, r), pairs = (4, 2, 3), 8
+    assert sum(x.flops for x in flops.training_products(SMALL, 6, 6)) == 2880 - 3 * 18 * pairs
+    assert sum(x.flops for x in flops.generation_products(SMALL, b, p, r)) == b * (592 - 11 * pairs)
+    for separate, reading in ((False, 25), (True, 50)):
+        whole = flops.ppo_flops(SMALL, b, p, r, 2, separate)
+        found = sum(x.flops for x in flops.ppo_products(SMALL, b, p, r, 2, 2, separate))
+        assert found == whole - b * (11 + 7 * reading) * pairs
+    # What a gradient multiplies: [tokens, out] by [out, inner], and [inner, tokens] by [tokens, out].
+    assert {(5, 2, 8), (5, 8, 2), (2, 5, 8)} <= {x[:3] for x in flops.training_products(SMALL, 5, 3)}
+
+
+def test_products_alone_are_added_up(monkeypatch):
+    (row,) = benchmark_rows.make_rows(["long"], ["nano"], {"nano": SMALL}, {"nano": benchmark_rows.TINY[1]}, False)
+    products = [flops.Product(2, 3, 4, 5.0), flops.Product(7, 3, 4, 1.0), flops.Product(2, 3, 4, 1.0)]
+    asked = []
+
+    class Fake(benchmark_sides.Settings):
+        @contextlib.contextmanager
+        def worker(self, script, row=""):
+            yield lambda question: asked.append(tuple(question["shape"])) or {"flops": 12.0}
+
+    settings = Fake(None, "", 1, 1, 0.0, {})  # pyright: ignore[reportArgumentType]
+    # 6 times 2 * 2 * 3 * 4 and once 2 * 7 * 3 * 4 FLOP, at 12 a second; each size is timed once
+    assert benchmark_measure.time_products(row._replace(products=products), settings, "x") == 6 * 4 + 14
+    assert asked == [(2, 3, 4), (7, 3, 4)]
 
 
 def test_ratio_is_the_median_of_pairs():

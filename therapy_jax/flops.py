@@ -2,11 +2,16 @@
 
 >>> f"{training_flops(Size(layers=12, width=768, heads=12), batch=8, length=128):.3g}"  # an SFT step of gpt2
 '7.73e+11'
+>>> forward_products(Size(layers=1, width=2, heads=1, vocabulary=10), tokens=5, predicted=3)[-1]
+Product(rows=3, inner=2, out=10, times=1.0)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+HEAD_ROWS = 512  # logits are made for so many tokens at a time: those of all would be the largest array by far
 
 
 class Size(NamedTuple):
@@ -18,17 +23,67 @@ class Size(NamedTuple):
     vocabulary: int = 50_257
 
 
-def forward_flops(size: Size, tokens: int, seen: int, predicted: int) -> float:
-    """FLOPs of one forward pass. A multiply-add is two, and nothing but matrix products counts.
+class Product(NamedTuple):
+    """[rows, inner] times [inner, out], a number of times."""
 
-    A block has 12 D^2 weights in its matrices (query, key, value and output: 4 D^2; the MLP of width 4 D: 8 D^2), each used
-    once a token: 2 * 12 L D^2 a token. Attention takes two products of length D for each pair of a token and a place that
-    it sees (q k, and weights v): 4 L D a pair; `seen` is the number of pairs. The head is used where something is
-    predicted: 2 V D each.
+    rows: int
+    inner: int
+    out: int
+    times: float
+
+    @property
+    def flops(self) -> float:
+        """A multiply-add is two."""
+        return 2.0 * self.rows * self.inner * self.out * self.times
+
+
+def forward_products(size: Size, tokens: int, predicted: int) -> list[Product]:
+    """Those with parameters, of one forward pass: a block has query, key and value, their output, and the two of the MLP of width
+    4 D, 12 D^2 weights in all, each used once a token; the head is used where something is predicted."""
+    l, d = size.layers, size.width
+    blocks = [Product(tokens, i, o, l) for i, o in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d))]
+    rows = min(predicted, HEAD_ROWS)
+    return [*blocks, *([Product(rows, d, size.vocabulary, predicted / rows)] if predicted else [])]
+
+
+def training_products(size: Size, tokens: int, predicted: int) -> list[Product]:
+    """The same with the backward pass, which makes two of each: the gradients of what goes in and of the parameters."""
+    forward = forward_products(size, tokens, predicted)
+    to_input = [Product(p.rows, p.out, p.inner, p.times) for p in forward]
+    to_weights = [Product(p.inner, p.rows, p.out, p.times) for p in forward]
+    return [*forward, *to_input, *to_weights]
+
+
+def generation_products(size: Size, batch: int, prompt: int, new: int) -> list[Product]:
+    """P prompt tokens at once, then each new one but the last."""
+    decoded = [p._replace(times=p.times * (new - 1)) for p in forward_products(size, batch, batch)]
+    return [*forward_products(size, batch * prompt, batch), *decoded]
+
+
+def ppo_products(
+    size: Size, batch: int, prompt: int, new: int, epochs: int, minibatches: int, separate_critic: bool
+) -> list[Product]:
+    """As `ppo_flops` counts, with the rows of a minibatch in each step."""
+    tokens, steps = prompt + new, epochs * minibatches
+    found, part = generation_products(size, batch, prompt, new), batch // minibatches
+    for predicted in [new, 0] if separate_critic else [new]:  # a critic has no head
+        found += forward_products(size, batch * tokens, batch * predicted)
+        learnt = training_products(size, part * tokens, part * predicted)
+        found += [p._replace(times=p.times * steps) for p in learnt]
+    return found
+
+
+def forward_flops(size: Size, tokens: int, seen: int, predicted: int) -> float:
+    """FLOPs of one forward pass; nothing but matrix products counts.
+
+    Those with parameters are 2 * 12 L D^2 a token, and 2 V D for each that is predicted. Attention takes two products of length D
+    for each pair of a token and a place that it sees (q k, and weights v): 4 L D a pair; `seen` is the number of pairs.
     """
-    blocks = 2 * 12 * size.layers * size.width**2 * tokens
-    pairs = 4 * size.layers * size.width * seen
-    return float(blocks + pairs + 2 * size.vocabulary * size.width * predicted)
+    return total(forward_products(size, tokens, predicted)) + 4.0 * size.layers * size.width * seen
+
+
+def total(products: Sequence[Product]) -> float:
+    return sum(p.flops for p in products)
 
 
 def training_flops(size: Size, batch: int, length: int) -> float:
