@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
-from therapy_jax import config, crisis_hints, crisis_rules, safety
+from therapy_jax import config, crisis_hints, crisis_kept, crisis_rules, safety
 from therapy_jax.config import ConfigError, SafetyConfig
 from therapy_jax.rewards import form
 
@@ -38,6 +39,50 @@ def test_recall_and_false_alarms_on_the_half_that_was_written_apart():
     assert share["explicit"] >= 0.95, share
     assert share["indirect"] >= 0.85, share
     assert share["harmless"] <= 0.05, share
+
+
+def test_what_was_learnt_is_kept_and_a_damaged_file_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setenv("THERAPY_JAX_CACHE", str(tmp_path))
+    some = DEV[:300] + DEV[-300:]
+    times = []
+
+    def learn():
+        times.append(1)
+        return crisis_hints.learn([case["text"] for case in some], [case["gate"] for case in some])
+
+    def odds():
+        found = crisis_kept.kept(learn, crisis_hints.views())
+        return found.decision_function(plain), found[0]["phrases"].get_feature_names_out().tolist()
+
+    plain = [crisis_rules.normalise(case["text"]) for case in DEV[1000:1200]]
+    first, names = odds()
+    again, the_same = odds()
+    assert len(times) == 1 and np.array_equal(first, again) and names == the_same
+    (file,) = (tmp_path / "gate").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-8], whole[:100], b"\x00" * len(whole)):
+        file.write_bytes(damaged)
+        times.clear()
+        assert np.array_equal(odds()[0], first) and len(times) == 1 and file.read_bytes() == whole
+    arrays = load_file(file)
+    save_file(arrays | {"coef": arrays["coef"][:, 1:].copy()}, file)  # whole, and not what was kept
+    times.clear()
+    assert np.array_equal(odds()[0], first) and len(times) == 1
+    monkeypatch.setenv("THERAPY_JAX_CACHE", str(file))  # no folder: nothing can be kept, and nothing is lost
+    assert np.array_equal(odds()[0], first) and len(times) == 2
+
+
+@pytest.mark.parametrize("source", crisis_kept.SOURCES)
+def test_what_is_kept_is_of_these_cases_rules_and_code(tmp_path, monkeypatch, source):
+    package, before = tmp_path / "package", crisis_kept.digest()
+    for name in crisis_kept.SOURCES:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_bytes((Path(safety.__file__).parent / name).read_bytes())
+    monkeypatch.setattr(crisis_kept, "files", lambda _: package)
+    assert crisis_kept.digest() == before
+    with open(package / source, "a") as file:
+        file.write(" ")
+    assert crisis_kept.digest() != before
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@
 
 The ratios say how much more often a phrase stood in a crisis than elsewhere; features scaled by them make the strongest linear
 reader of short texts (Wang & Manning 2012, "Baselines and Bigrams", NB-LR). The cases are the model: crisis_cases.jsonl, {"text",
-"class", "gate", "set"} a line, is learnt from at the first message, or when a chat starts; whoever adds a line changes the gate.
-What the clients of the built-in sample say stands beside them as ordinary distress. It is linear, so that what it heard can be
-said (`why`), and it knows words, not situations: a hint in words that no case has used is missed.
+"class", "gate", "set"} a line, is learnt from at the first message, or when a chat starts, and what was learnt is kept for the
+next start (crisis_kept.py); whoever adds a line changes the gate. What the clients of the built-in sample say stands beside them
+as ordinary distress. It is linear, so that what it heard can be said (`why`), and it knows words, not situations: a hint in words
+that no case has used is missed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from therapy_jax.crisis_kept import kept
 from therapy_jax.crisis_rules import normalise
 
 # A middle between crises that slip through and harmless messages that are stopped, where each set of cases was read by a classifier
@@ -72,23 +74,33 @@ def _lines(name: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def learnt() -> Any:
-    known, calm = cases(), ordinary()
-    return learn([case["text"] for case in known] + calm, [case["gate"] for case in known] + [False] * len(calm))
+    """The gate's classifier: what an earlier start kept, where it comes from the same cases, rules and code; else learnt now."""
+
+    def now() -> Any:
+        known, calm = cases(), ordinary()
+        return learn([case["text"] for case in known] + calm, [case["gate"] for case in known] + [False] * len(calm))
+
+    return kept(now, views())
 
 
-def learn(texts: Sequence[str], gate: Sequence[bool]) -> Any:
-    """Messages and whether they should be stopped -> a scikit-learn pipeline that reads normalised text."""
+def views() -> dict[str, Any]:
+    """What the classifier looks at, not yet learnt: scikit-learn vectorizers."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import FeatureUnion, make_pipeline
 
     by_pairs: Any = pairs  # sklearn's types know names alone
-    views = {
+    return {
         "phrases": TfidfVectorizer(ngram_range=(1, 3), min_df=2, sublinear_tf=True, token_pattern=r"\S+"),
         "pairs": TfidfVectorizer(analyzer=by_pairs, min_df=2, sublinear_tf=True),
         "letters": TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True),
     }
-    union = FeatureUnion(list(views.items()))
+
+
+def learn(texts: Sequence[str], gate: Sequence[bool]) -> Any:
+    """Messages and whether they should be stopped -> a scikit-learn pipeline that reads normalised text."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import FeatureUnion, make_pipeline
+
+    union = FeatureUnion(list(views().items()))
     found: Any = union.fit_transform([normalise(text) for text in texts])
     x, y = found.tocsr(), np.asarray(gate)
     counts = [1 + np.bincount(x[y == side].indices, minlength=x.shape[1]) for side in (True, False)]

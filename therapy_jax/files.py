@@ -32,6 +32,11 @@ def local_path(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def cache_folder() -> Path:
+    """What can be made again and takes long lies here: $THERAPY_JAX_CACHE, or else ~/.cache/therapy_jax."""
+    return Path(os.environ.get("THERAPY_JAX_CACHE") or Path.home() / ".cache" / "therapy_jax")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write by rename, so that a reader never sees half a file. (An object store's objects come into being whole.)"""
     path = as_path(path)

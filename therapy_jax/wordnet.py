@@ -1,7 +1,6 @@
 """WordNet, whose synonyms METEOR counts as matches: found among nltk's data, or made of the files that Debian ships. Nothing is
 downloaded: a metric that fetches its dictionary is another metric on the day that it cannot."""
 
-import os
 import shutil
 import tempfile
 import warnings
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import nltk.data
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+from therapy_jax.files import cache_folder
 
 DEBIAN = Path("/usr/share/wordnet")  # Debian packages wordnet-base and wordnet-sense-index
 _PARTS = ("adj", "adv", "noun", "verb")
@@ -67,8 +68,8 @@ def install(target_dir: str | Path, source: str | Path | None = None) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where `reader` keeps its copy: $THERAPY_JAX_CACHE/nltk_data, or else ~/.cache/therapy_jax/nltk_data."""
-    return Path(os.environ.get("THERAPY_JAX_CACHE") or Path.home() / ".cache" / "therapy_jax") / "nltk_data"
+    """Where `reader` keeps its copy."""
+    return cache_folder() / "nltk_data"
 
 
 @lru_cache(maxsize=1)
