@@ -278,6 +278,7 @@ def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_devi
         "--ppo.minibatches": "2",
         "--ppo.eval_prompts": "8",
         "--sampling.max_new_tokens": "12",
+        "--classifiers.epochs": "1",
     }
 
     def script(name, run_dir, **more):

@@ -33,6 +33,7 @@ TINY = {  # the whole way in seconds: what it learns does not matter here
     "ppo.eval_every": 2,
     "ppo.eval_prompts": 8,
     "sampling.max_new_tokens": 12,
+    "classifiers.epochs": 1,
     "evaluate.limit": 12,
 }
 
