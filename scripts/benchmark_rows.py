@@ -92,7 +92,7 @@ def make_rows(
     counts = counts or {}
     for model in models:
         size, shape = sizes[model], shapes[model]
-        torch = {"script": "benchmark_torch.py", "model": model}
+        torch: dict[str, Any] = {"script": "benchmark_torch.py", "model": model}
         if "sft" in what:
             b, t = shape.sft
             same = {"batch": "sft", "hyper": HYPER_SFT, "steps": 3}
