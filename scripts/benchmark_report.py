@@ -63,18 +63,7 @@ def table_of(results: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) ->
     """Two lines a row: ours, theirs. products: seconds of the matrix products with parameters, timed alone; "of" beside a ratio: what
     it would be if ours took no more than those."""
     table = Table(title="ours / theirs; ratio above 1: ours is faster (memory: smaller)", show_lines=True)
-    for name in (
-        "row",
-        "side",
-        "seconds",
-        "tokens/s",
-        "GFLOP/s",
-        "of peak",
-        "products",
-        "memory",
-        "first call",
-        "ratio",
-    ):
+    for name in "row,side,seconds,tokens/s,GFLOP/s,of peak,products,memory,first call,ratio".split(","):
         table.add_column(name, justify="left" if name in ("row", "side") else "right")
     for r in results:
         sides = "\n".join(map(escape, r["sides"]))

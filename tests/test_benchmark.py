@@ -22,7 +22,7 @@ import benchmark_rows  # noqa: E402
 import benchmark_sides  # noqa: E402
 from benchmark_rows import Shapes, Size  # noqa: E402
 
-from therapy_jax import flops  # noqa: E402
+from therapy_jax import flops, head  # noqa: E402
 
 SMALL = Size(layers=1, width=2, heads=1, vocabulary=10)  # a block's matrices hold 12 * 2 * 2 = 48 weights
 
@@ -67,7 +67,7 @@ def test_products_are_what_the_flops_count_without_attention():
     assert sum(p.flops for p in flops.forward_products(SMALL, 5, 3)) == 480 + 120
     assert flops.forward_products(SMALL, 5, 0) == [p for p in flops.forward_products(SMALL, 5, 3) if p.out != 10]
     many = flops.forward_products(SMALL, 2000, 1280)[-1]  # logits of at most 512 tokens at a time
-    assert many == (512, 2, 10, 2.5)
+    assert many == (512, 2, 10, 2.5) and flops.HEAD_ROWS == head.CHUNK
     (b, p, r), pairs = (4, 2, 3), 8
     assert sum(x.flops for x in flops.training_products(SMALL, 6, 6)) == 2880 - 3 * 18 * pairs
     assert sum(x.flops for x in flops.generation_products(SMALL, b, p, r)) == b * (592 - 11 * pairs)

@@ -30,15 +30,14 @@ LIBRARIES = ("scikit-learn", "nltk", "numpy", "scipy")
 def kept(learn: Callable[[], Any], views: dict[str, Any]) -> Any:
     """What an earlier start has learnt, or what learn() gives now, kept for the next one: a pipeline of `views` (vectorizers that
     have learnt nothing yet) and a logistic regression."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError  # what it says of a full disk, too
 
     path = cache_folder() / "gate" / f"{digest()}.safetensors"
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, SafetensorError
-    ):  # no file, or a damaged one: there is the way around
+    # No file, or a damaged one: there is the way around.
+    with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):
         return load(path, views)
     found = learn()
-    with contextlib.suppress(OSError):  # no folder to write to: the next start learns, too
+    with contextlib.suppress(OSError, SafetensorError):  # nowhere to write to: the next start learns, too
         save(path, found)
     return found
 
@@ -53,7 +52,7 @@ def digest() -> str:
 
 
 def save(path: Path, pipeline: Any) -> None:
-    """Written by rename: another process never sees half of it. Raises OSError."""
+    """Written by rename: another process never sees half of it. Raises OSError or SafetensorError."""
     from safetensors.numpy import save_file
 
     union, learner = pipeline[0], pipeline[1]

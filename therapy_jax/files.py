@@ -34,7 +34,7 @@ def local_path(path: str | os.PathLike) -> Path:
 
 def cache_folder() -> Path:
     """What can be made again and takes long lies here: $THERAPY_JAX_CACHE, or else ~/.cache/therapy_jax."""
-    return Path(os.environ.get("THERAPY_JAX_CACHE") or Path.home() / ".cache" / "therapy_jax")
+    return local_path(os.environ.get("THERAPY_JAX_CACHE") or "~/.cache/therapy_jax")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

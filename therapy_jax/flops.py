@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-HEAD_ROWS = 512  # logits are made for so many tokens at a time: those of all would be the largest array by far
+HEAD_ROWS = (
+    512  # tokens that logits are made for at a time, as head.py does on a CPU (head.CHUNK; this page needs no jax)
+)
 
 
 class Size(NamedTuple):
