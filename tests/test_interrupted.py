@@ -261,7 +261,7 @@ def test_sigterm_in_training_saves_the_step_it_is_at(runs, finished):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(runs, finished):
     """The log of a run that is half done cannot grow any more."""
     folder = beside(finished, runs.folder / "full")

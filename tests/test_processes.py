@@ -203,7 +203,7 @@ def test_a_signal_to_one_process_before_the_loop_ends_both(told, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_of_the_writer_ends_both_processes(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     codes, said = ended(start("train_sft", tmp_path, 2, 1, pretrain="null"))
