@@ -279,6 +279,7 @@ def test_ppo_with_a_reward_on_the_host_learns_what_it_learns_with_it_on_the_devi
         "--ppo.eval_prompts": "8",
         "--sampling.max_new_tokens": "12",
         "--classifiers.epochs": "1",
+        "--report": "false",
     }
 
     def script(name, run_dir, **more):

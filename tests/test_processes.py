@@ -27,6 +27,7 @@ TINY = {
     "ppo.iterations": 3, "ppo.batch_size": 16, "ppo.minibatches": 2, "ppo.eval_every": 3, "ppo.eval_prompts": 8,
     "sampling.max_new_tokens": 8, "classifiers.epochs": 1, "evaluate.batch_size": 16, "evaluate.limit": 16,
     "evaluate.bootstrap": 20, "evaluate.systems": "[base, sft, ppo, retrieval]",
+    "report": False,
 }  # fmt: skip
 
 # What Gloo prints as its threads connect, in pieces that come between one another.

@@ -171,6 +171,11 @@ def test_what_is_missing_is_said(present, whole, tmp_path):
     assert {name for name in report.MISSING if name in lacking} == set(report.MISSING) - set(present)
 
 
+def test_no_report_where_none_is_wanted(tmp_path, capsys):
+    report.finish(dataclasses.replace(Config(), run_dir=str(tmp_path), report=False))
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
 def test_a_report_that_fails_says_so_and_loses_nothing(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
     report.finish(dataclasses.replace(Config(), run_dir=str(tmp_path)))

@@ -341,9 +341,9 @@ def run_until(folder: Path, mark: str, number: signal.Signals) -> int:
     return process.returncode
 
 
-def prepared(folder: Path) -> Path:
+def prepared(folder: Path, **changes) -> Path:
     folder.mkdir()
-    text = yaml.safe_dump({"run_dir": str(folder / "run"), **TINY}, sort_keys=False)
+    text = yaml.safe_dump({"run_dir": str(folder / "run"), **TINY, **changes}, sort_keys=False)
     (folder / "tiny.yaml").write_text(text, encoding="utf-8")
     return folder
 
@@ -387,7 +387,7 @@ def test_a_grid_leaves_a_table(finished):
 
 @pytest.mark.slow
 def test_a_grid_killed_and_started_again_ends_where_it_would_have(finished, tmp_path):
-    other = prepared(tmp_path / "killed")
+    other = prepared(tmp_path / "killed", report=False)
     assert run_until(other, "pretrained/base/checkpoints/2", signal.SIGKILL) == -signal.SIGKILL
     assert run_until(other, "seed0/full/ppo/checkpoints/1", signal.SIGTERM) == stopping.EXIT_CODE
     output = run(other)

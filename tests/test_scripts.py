@@ -35,6 +35,7 @@ TINY = {  # the whole way in seconds: what it learns does not matter here
     "sampling.max_new_tokens": 12,
     "classifiers.epochs": 1,
     "evaluate.limit": 12,
+    "report": False,  # it takes longer than the training; test_report.py looks at it
 }
 
 
@@ -191,8 +192,9 @@ def finished(tmp_path_factory) -> Path:
     """One run of all scripts, end to end."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     for script in SCRIPTS:
-        done = run(command(script, folder))
+        done = run(command(script, folder, report=script == "evaluate"))
         assert done.returncode == 0, done.stdout + done.stderr
+        assert (folder / "report.html").exists() == (script == "evaluate")
     return folder
 
 

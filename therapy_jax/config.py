@@ -600,6 +600,8 @@ class Config:
     grid: GridConfig = field(default_factory=GridConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
+    report: bool = True
+    """Write report.html when a script ends, which takes 5 to 20 s of a CPU; `scripts/report.py` writes it at any other time."""
     tensorboard: bool = False
     """Write every line of metrics.jsonl as TensorBoard events too, to run_dir/tensorboard (extra `tensorboard`)."""
     compilation_cache: str | None = "~/.cache/therapy_jax/xla"

@@ -34,7 +34,7 @@ MISSING = {  # what a finished run holds -> what the report lacks without it, an
 
 
 def after(script: Callable[[Config], None]) -> Callable[[Config], None]:
-    """The script, then its run's report."""
+    """The script, then its run's report, if the config wants one."""
 
     def both(config: Config) -> None:
         script(config)
@@ -48,7 +48,7 @@ def finish(config: Config, loupe: bool = True) -> None:
     from therapy_jax import processes  # imports jax, which a report on its own need not
 
     folder = as_path(config.run_dir)
-    if not processes.is_writer():
+    if not config.report or not processes.is_writer():
         return
     try:
         path = write_report(folder, config, loupe)
