@@ -41,6 +41,14 @@ def test_forward_flops_by_hand(arguments, by_hand):
     assert benchmark_rows.forward_flops(SMALL, *arguments) == by_hand
 
 
+def test_what_nobody_reads_is_not_counted():
+    # Of 5 tokens 2 are wanted: keys and values 2 * 8 * 5, the other 40 weights 2 * 40 * 2, pairs 8 * 7 * 2 / 5, 1 prediction.
+    assert benchmark_rows.forward_flops(SMALL, 5, 7, 1, 2) == pytest.approx(80 + 160 + 22.4 + 40)
+    deep = SMALL._replace(layers=3)  # two more blocks, with all of it
+    assert benchmark_rows.forward_flops(deep, 5, 7, 1, 2) == pytest.approx(302.4 + 2 * (480 + 56))
+    assert benchmark_rows.forward_flops(deep, 5, 7, 1, 5) == benchmark_rows.forward_flops(deep, 5, 7, 1)
+
+
 def test_training_flops_are_the_usual_formula():
     # 2 sequences of 3: 6 tokens, 18 pairs, 6 predictions: 3 * (576 + 144 + 240)
     assert benchmark_rows.training_flops(SMALL, 2, 3) == 2880
@@ -50,16 +58,18 @@ def test_training_flops_are_the_usual_formula():
 
 
 def test_generation_flops_by_hand():
-    # Prompt of 2, then 3 new tokens: the first comes from the prompt, so 2 + 2 tokens go through the blocks; pairs: 2 * 2
-    # in the prompt, then 3 and 4 places; 3 predictions. 2 * 48 * 4 + 8 * 11 + 40 * 3 = 592
-    assert benchmark_rows.generation_flops(SMALL, 1, 2, 3) == 592
-    assert benchmark_rows.generation_flops(SMALL, 5, 2, 3) == 5 * 592
+    # Prompt of 2, then 3 new tokens. The first comes from the prompt's end: keys and values of 2 tokens (2 * 8 * 2), the rest of
+    # one (2 * 40), which sees 2 places (8 * 2), a prediction (40): 168. Two more go through the block, with 3 and 4 places:
+    # 2 * 48 * 2 + 8 * 7 + 40 * 2 = 328.
+    assert benchmark_rows.generation_flops(SMALL, 1, 2, 3) == 168 + 328
+    assert benchmark_rows.generation_flops(SMALL, 5, 2, 3) == 5 * (168 + 328)
 
 
 def test_ppo_flops_by_hand():
-    # Forward of 5 tokens, 25 pairs, 3 predictions: 480 + 200 + 120 = 800; the critic has no head: 680.
-    assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, False) == 592 + 800 + 2 * 3 * 800
-    assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, True) == 592 + 1480 + 2 * 3 * 1480
+    # Forward of 5 tokens, of which 3 are wanted, with 15 pairs and 3 predictions: 80 + 240 + 120 + 120 = 560; the critic has
+    # no head: 440.
+    assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, False) == 496 + 560 + 2 * 3 * 560
+    assert benchmark_rows.ppo_flops(SMALL, 1, 2, 3, 2, True) == 496 + 1000 + 2 * 3 * 1000
 
 
 def test_products_are_what_the_flops_count_without_attention():
@@ -70,11 +80,11 @@ def test_products_are_what_the_flops_count_without_attention():
     assert many == (512, 2, 10, 2.5) and flops.HEAD_ROWS == head.CHUNK
     (b, p, r), pairs = (4, 2, 3), 8
     assert sum(x.flops for x in flops.training_products(SMALL, 6, 6)) == 2880 - 3 * 18 * pairs
-    assert sum(x.flops for x in flops.generation_products(SMALL, b, p, r)) == b * (592 - 11 * pairs)
-    for separate, reading in ((False, 25), (True, 50)):
+    assert sum(x.flops for x in flops.generation_products(SMALL, b, p, r)) == b * (496 - 9 * pairs)
+    for separate, reading in ((False, 15), (True, 30)):
         whole = flops.ppo_flops(SMALL, b, p, r, 2, separate)
         found = sum(x.flops for x in flops.ppo_products(SMALL, b, p, r, 2, 2, separate))
-        assert found == whole - b * (11 + 7 * reading) * pairs
+        assert found == whole - b * (9 + 7 * reading) * pairs
     # What a gradient multiplies: [tokens, out] by [out, inner], and [inner, tokens] by [tokens, out].
     assert {(5, 2, 8), (5, 8, 2), (2, 5, 8)} <= {x[:3] for x in flops.training_products(SMALL, 5, 3)}
 

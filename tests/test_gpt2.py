@@ -160,6 +160,35 @@ def test_cached_is_uncached(small, pieces):
     np.testing.assert_allclose(np.concatenate(parts, 1)[mask], whole[mask], rtol=1e-5, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize(("layers", "length", "last"), [(1, 12, 5), (2, 12, 1), (2, 12, 12), (3, 300, 280)])
+def test_the_last_positions_alone_are_as_among_all(layers, length, last):
+    """Values, the gradients of every parameter, and the cache; more queries than one stretch has, too."""
+    config = gpt2.GPT2Config(vocab_size=300, n_positions=512, n_embd=48, n_layer=layers, n_head=4)
+    params = gpt2.init(config, jax.random.key(1))
+    tokens, mask = tokens_of(2, length), padded(length, 0, 4)
+    weights = jax.random.normal(jax.random.key(2), (2, last, 48)) * mask[:, -last:, None]
+
+    def seen(params, last, cache):
+        found, cache = gpt2.hidden(params, tokens, mask, cache, last=last, model=gpt2.GPT2(config))
+        return (found[:, -weights.shape[1] :] * weights).sum(), (found, cache)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def of(last, params, cache):
+        return jax.value_and_grad(seen, has_aux=True)(params, last, cache)
+
+    for cache in (None, gpt2.init_cache(config, 2, length + 3)):
+        (_, (all_of_them, wanted)), grads = of(None, params, cache)
+        (_, (alone, found)), found_grads = of(last, params, cache)
+        assert alone.shape == (2, last, 48)
+        real = mask[:, -last:]
+        np.testing.assert_allclose(alone[real], all_of_them[:, -last:][real], rtol=1e-5, atol=1e-5)
+        for tree, other in ((grads, found_grads), (wanted, found)):
+            assert jax.tree.structure(tree) == jax.tree.structure(other)
+            for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+                a = np.asarray(a, np.float32)
+                np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * (np.abs(a).max() + 1e-6))
+
+
 def test_spare_vocabulary_never_gets_probability(small):
     config, params = small
     assert config.padded_vocab_size == 384 and params["wte"].shape == (384, 48)

@@ -176,7 +176,7 @@ class Counting:
         self.config = gpt2.GPT2Config(vocab_size=128, n_positions=64, n_embd=128, n_layer=1, n_head=1, eos_token_id=eos)
         self.runs = 0
 
-    def apply(self, variables, tokens, mask, cache, layout, blocks, *, rngs, method):
+    def apply(self, variables, tokens, mask, cache, layout, blocks, last, *, rngs, method):
         jax.debug.callback(lambda: setattr(self, "runs", self.runs + 1))
         return 50.0 * jax.nn.one_hot((tokens + 1) % 128, 128), cache
 

@@ -70,11 +70,14 @@ def causal_attention(
     q_BHTK: Array, k_BHTK: Array, v_BHTK: Array, visible_BTT: Array, rate: float, key: Array | None
 ) -> Array:
     """`attention` of a row with itself -> [B, H, T, K], a stretch of queries after the other. Nobody sees what comes later in the
-    row: a stretch takes the keys up to its own end, and of a long row nearly half of the scores are never made."""
+    row: a stretch takes the keys up to its own end, and of a long row nearly half of the scores are never made. Queries may be those
+    of the row's last tokens alone."""
     length = q_BHTK.shape[2]
+    earlier = k_BHTK.shape[2] - length
     mixed = []
     for start, end in itertools.pairwise([*range(0, length, QUERIES), length]):
-        own = q_BHTK[:, :, start:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], visible_BTT[:, start:end, :end]
+        keys = slice(earlier + end)
+        own = q_BHTK[:, :, start:end], k_BHTK[:, :, keys], v_BHTK[:, :, keys], visible_BTT[:, start:end, keys]
         mixed.append(attention(*own, rate, None if key is None else jax.random.fold_in(key, start)))
     return jnp.concatenate(mixed, 2)
 

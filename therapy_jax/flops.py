@@ -39,27 +39,31 @@ class Product(NamedTuple):
         return 2.0 * self.rows * self.inner * self.out * self.times
 
 
-def forward_products(size: Size, tokens: int, predicted: int) -> list[Product]:
+def forward_products(size: Size, tokens: int, predicted: int, wanted: int | None = None) -> list[Product]:
     """Those with parameters, of one forward pass: a block has query, key and value, their output, and the two of the MLP of width
-    4 D, 12 D^2 weights in all, each used once a token; the head is used where something is predicted."""
+    4 D, 12 D^2 weights in all, each used once a token; the head is used where something is predicted. wanted: tokens whose last
+    hidden state somebody reads (None: all); of the others the last block has to make keys and values alone."""
     l, d = size.layers, size.width
-    blocks = [Product(tokens, i, o, l) for i, o in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d))]
+    rest = (d, d), (d, 4 * d), (4 * d, d)
+    blocks = [Product(tokens, i, o, l if wanted is None else l - 1) for i, o in ((d, 3 * d), *rest)]
+    if wanted is not None:
+        blocks += [Product(tokens, d, 2 * d, 1), *(Product(wanted, i, o, 1) for i, o in ((d, d), *rest))]
     rows = min(predicted, HEAD_ROWS)
     return [*blocks, *([Product(rows, d, size.vocabulary, predicted / rows)] if predicted else [])]
 
 
-def training_products(size: Size, tokens: int, predicted: int) -> list[Product]:
+def training_products(size: Size, tokens: int, predicted: int, wanted: int | None = None) -> list[Product]:
     """The same with the backward pass, which makes two of each: the gradients of what goes in and of the parameters."""
-    forward = forward_products(size, tokens, predicted)
+    forward = forward_products(size, tokens, predicted, wanted)
     to_input = [Product(p.rows, p.out, p.inner, p.times) for p in forward]
     to_weights = [Product(p.inner, p.rows, p.out, p.times) for p in forward]
     return [*forward, *to_input, *to_weights]
 
 
 def generation_products(size: Size, batch: int, prompt: int, new: int) -> list[Product]:
-    """P prompt tokens at once, then each new one but the last."""
+    """P prompt tokens at once, of which the last one's state is read, then each new one but the last."""
     decoded = [p._replace(times=p.times * (new - 1)) for p in forward_products(size, batch, batch)]
-    return [*forward_products(size, batch * prompt, batch), *decoded]
+    return [*forward_products(size, batch * prompt, batch, batch), *decoded]
 
 
 def ppo_products(
@@ -69,19 +73,21 @@ def ppo_products(
     tokens, steps = prompt + new, epochs * minibatches
     found, part = generation_products(size, batch, prompt, new), batch // minibatches
     for predicted in [new, 0] if separate_critic else [new]:  # a critic has no head
-        found += forward_products(size, batch * tokens, batch * predicted)
-        learnt = training_products(size, part * tokens, part * predicted)
+        found += forward_products(size, batch * tokens, batch * predicted, batch * new)
+        learnt = training_products(size, part * tokens, part * predicted, part * new)
         found += [p._replace(times=p.times * steps) for p in learnt]
     return found
 
 
-def forward_flops(size: Size, tokens: int, seen: int, predicted: int) -> float:
+def forward_flops(size: Size, tokens: int, seen: int, predicted: int, wanted: int | None = None) -> float:
     """FLOPs of one forward pass; nothing but matrix products counts.
 
     Those with parameters are 2 * 12 L D^2 a token, and 2 V D for each that is predicted. Attention takes two products of length D
-    for each pair of a token and a place that it sees (q k, and weights v): 4 L D a pair; `seen` is the number of pairs.
+    for each pair of a token and a place that it sees (q k, and weights v): 4 L D a pair; `seen` is the number of pairs. Of tokens
+    that are not `wanted` the last block has less to do (`forward_products`): no query, and so no pairs.
     """
-    return total(forward_products(size, tokens, predicted)) + 4.0 * size.layers * size.width * seen
+    blocks = size.layers if wanted is None else size.layers - 1 + wanted / tokens
+    return total(forward_products(size, tokens, predicted, wanted)) + 4.0 * blocks * size.width * seen
 
 
 def total(products: Sequence[Product]) -> float:
@@ -98,14 +104,14 @@ def training_flops(size: Size, batch: int, length: int) -> float:
 
 def generation_flops(size: Size, batch: int, prompt: int, new: int) -> float:
     """P prompt tokens at once, then each new one but the last, with all places before it in a cache."""
-    decoded = sum(prompt + i for i in range(1, new))
-    return batch * forward_flops(size, prompt + new - 1, prompt * prompt + decoded, new)
+    seen = sum(prompt + i for i in range(1, new))
+    return batch * (forward_flops(size, prompt, prompt * prompt, 1, 1) + forward_flops(size, new - 1, seen, new - 1))
 
 
 def ppo_flops(size: Size, batch: int, prompt: int, new: int, epochs: int, separate_critic: bool) -> float:
     """Generation, the reference's and the critic's reading of prompt and reply, and `epochs` passes of training. The old
     log-probs come with the sampled tokens and cost nothing more. A critic on the policy's own hidden states is free."""
     tokens = prompt + new
-    policy = forward_flops(size, tokens, tokens * tokens, new)
-    critic = forward_flops(size, tokens, tokens * tokens, 0) if separate_critic else 0.0
+    policy = forward_flops(size, tokens, tokens * tokens, new, new)
+    critic = forward_flops(size, tokens, tokens * tokens, 0, new) if separate_critic else 0.0
     return generation_flops(size, batch, prompt, new) + batch * (policy + critic + 3 * epochs * (policy + critic))

@@ -133,15 +133,21 @@ def saved(primitive, *args, **params) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper" or bool(products(primitive, *args, **params))
 
 
-def block(config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None, three: bool) -> Array:
-    """One transformer block. `attend(q, k, v)` mixes tokens, with or without a cache; three: by a product each."""
+def block(
+    config: GPT2Config, p: Params, x_BTD: Array, attend, key: Array | None, three: bool, last: int | None = None
+) -> Array:
+    """One transformer block. `attend(q, k, v)` mixes tokens, with or without a cache; three: by a product each. last: the result is
+    wanted of so many positions, the last ones; of the others there are keys and values, and nothing else is computed."""
     dtype = jnp.dtype(config.compute_dtype)
     keys = (None, None) if key is None else jax.random.split(key)
 
     h_BTD = layer_norm(x_BTD, p["ln_1"], config.layer_norm_epsilon).astype(dtype)
-    if three:
+    if three or last is not None:
         parts = ({name: x[..., i, :, :] for name, x in p["c_attn"].items()} for i in range(3))
-        q_BHTK, k_BHTK, v_BHTK = (dense("btd,dhk->bthk", h_BTD, part, config.mesh).swapaxes(1, 2) for part in parts)
+        first = 0 if last is None else h_BTD.shape[1] - last
+        x_BTD, inputs = x_BTD[:, first:], (h_BTD[:, first:], h_BTD, h_BTD)
+        projected = (dense("btd,dhk->bthk", h, p, config.mesh) for h, p in zip(inputs, parts, strict=True))
+        q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in projected)
     else:
         # The axes stay in the order of the one product: asked for another one, XLA on CPU takes a product twice as slow.
         qkv_BTCHK = dense("btd,dchk->btchk", h_BTD, p["c_attn"], config.mesh)
@@ -194,6 +200,7 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         layout: Layout | None = None,
         blocks: tuple[Params, ...] | None = None,
+        last: int | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Last hidden state, after the final layer norm, before the head.
 
@@ -201,7 +208,8 @@ class GPT2(nn.Module):
         before these, if any -> f32[B,T,D] and the cache with these tokens added. Positions count real tokens only, so
         padding never moves them; with a layout (and no cache) they, and who sees whom, are as it says. attention_mask None (and no
         cache): what padding there is stands on the right, where no real token sees it. blocks: read instead of
-        those in the parameters; they and the cache are `apart`. Dropout is on where apply() is given rngs={"dropout": key}.
+        those in the parameters; they and the cache are `apart`. last: of so many positions, the last ones, the states are wanted, and come
+        alone. Dropout is on where apply() is given rngs={"dropout": key}.
         """
         c = self.config
         length = tokens.shape[1]
@@ -234,46 +242,55 @@ class GPT2(nn.Module):
         elif seen is not None:
             visible_BTS &= seen[:, None, :]
 
-        def step(x_BTD, layer):
+        def step(x_BTD, layer, last=None):
             p, i, kv = layer
             p = p if blocks else gathered(p, c.mesh, jnp.dtype(c.compute_dtype), stacked=True)
             block_key, attention_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, i))
 
             def attend(q_BHTK, k_BHTK, v_BHTK):
                 nonlocal kv
+                seen_by = visible_BTS[:, -q_BHTK.shape[2] :]
                 if kv is not None:
                     old_new = zip(kv, (k_BHTK, v_BHTK), strict=True)
                     kv = tuple(jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0)) for old, new in old_new)
                     k_BHTK, v_BHTK = kv
-                    return attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
-                if key is None and can_fuse(q_BHTK, c.mesh):
+                    return attention(q_BHTK, k_BHTK, v_BHTK, seen_by, c.dropout, attention_key)
+                if key is None and last is None and can_fuse(q_BHTK, c.mesh):
                     return fused_attention(q_BHTK, k_BHTK, v_BHTK, None if causal_only else visible_BTS)
-                return causal_attention(q_BHTK, k_BHTK, v_BHTK, visible_BTS, c.dropout, attention_key)
+                return causal_attention(q_BHTK, k_BHTK, v_BHTK, seen_by, c.dropout, attention_key)
 
-            return constrain(block(c, p, x_BTD, attend, block_key, three), "rows", c.mesh), kv
+            return constrain(block(c, p, x_BTD, attend, block_key, three, last), "rows", c.mesh), kv
 
-        numbers = jnp.arange(c.n_layer)
-        if cache is None:
-            # Of each block a backward pass finds what the products with parameters gave, and makes the rest anew, which is cheaper
-            # than to keep it: normed inputs, activations, attention, and under fsdp the gathered parameters. A step of 124M
-            # parameters on 8 x 512 tokens needs 2.3 GB beside its state, not 4.0 and more, and is no slower.
-            step = jax.checkpoint(step, policy=None if c.remat else saved, prevent_cse=False)
-            # A GPU writes the blocks out one after the other: what a loop keeps for the backward pass it copies into stacks. But
-            # outside a loop XLA may see that a block made anew is the block as it was, and keep it, gathered parameters too.
-            anew = c.remat or (c.mesh is not None and c.mesh.shape["fsdp"] > 1)
-            unroll = c.n_layer if on_gpu() and not anew and c.n_layer <= MOST_UNROLLED else 1
-            x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, numbers, None), unroll=unroll)
-        elif blocks is not None:
+        if blocks is not None:
+            assert cache is not None
             kvs = []
             for i, (p, *kv) in enumerate(zip(blocks, cache.k, cache.v, strict=True)):
                 x_BTD, kv = step(x_BTD, (p, i, kv))
                 kvs.append(kv)
-            k, v = zip(*kvs, strict=True)
-            cache = cache._replace(k=k, v=v, mask=seen, index=start + length)
+            kvs = tuple(zip(*kvs, strict=True))
         else:
-            step = jax.checkpoint(step, prevent_cse=False) if c.remat else step
-            x_BTD, (k, v) = jax.lax.scan(step, x_BTD, (self.blocks, numbers, (cache.k, cache.v)))
-            cache = cache._replace(k=k, v=v, mask=seen, index=start + length)
+            # Of each block a backward pass finds what the products with parameters gave, and makes the rest anew, which is cheaper
+            # than to keep it: normed inputs, activations, attention, and under fsdp the gathered parameters. A step of 124M
+            # parameters on 8 x 512 tokens needs 2.3 GB beside its state, not 4.0 and more, and is no slower.
+            def remade(step):
+                if cache is not None and not c.remat:
+                    return step
+                return jax.checkpoint(step, policy=None if c.remat else saved, prevent_cse=False)
+
+            # A GPU writes the blocks out one after the other: what a loop keeps for the backward pass it copies into stacks. But
+            # outside a loop XLA may see that a block made anew is the block as it was, and keep it, gathered parameters too.
+            anew = c.remat or (c.mesh is not None and c.mesh.shape["fsdp"] > 1)
+            unroll = cache is None and on_gpu() and not anew and c.n_layer <= MOST_UNROLLED
+            layers = self.blocks, jnp.arange(c.n_layer), None if cache is None else (cache.k, cache.v)
+            if last is None:
+                x_BTD, kvs = jax.lax.scan(remade(step), x_BTD, layers, unroll=unroll)
+            else:
+                early, final = (jax.tree.map(take, layers) for take in (lambda x: x[:-1], lambda x: x[-1]))
+                x_BTD, kvs = jax.lax.scan(remade(step), x_BTD, early, unroll=unroll)
+                x_BTD, kv = remade(functools.partial(step, last=last))(x_BTD, final)
+                kvs = jax.tree.map(lambda stack, one: jnp.concatenate([stack, one[None]]), kvs, kv)
+        if cache is not None:
+            cache = cache._replace(k=kvs[0], v=kvs[1], mask=seen, index=start + length)
         return layer_norm(x_BTD, self.ln_f, c.layer_norm_epsilon), cache
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
@@ -289,13 +306,14 @@ def hidden(
     layout: Layout | None = None,
     key: Array | None = None,  # of the dropout; None = no dropout
     blocks: tuple[Params, ...] | None = None,
+    last: int | None = None,
     *,
     model: GPT2,
 ) -> tuple[Array, KVCache | None]:
     """GPT2.hidden as a function of its parameters: what the hot paths call."""
     rngs = None if key is None else {"dropout": key}
     found: Any = model.apply(
-        {"params": params}, tokens, attention_mask, cache, layout, blocks, rngs=rngs, method="hidden"
+        {"params": params}, tokens, attention_mask, cache, layout, blocks, last, rngs=rngs, method="hidden"
     )
     return found
 

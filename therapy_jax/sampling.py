@@ -152,11 +152,11 @@ def prefill(params: Params, prompt: Prompt, times: int, room: int, *, model: gpt
     cache with room for more tokens; the copies of a prompt stand side by side."""
     batch, length = prompt.tokens.shape
     cache = gpt2.init_cache(model.config, batch, length + room)
-    hidden_NPD, cache = hidden(params, prompt.tokens, prompt.mask, cache, model=model)
+    hidden_N1D, cache = hidden(params, prompt.tokens, prompt.mask, cache, last=1, model=model)
     assert cache is not None
     mesh = model.config.mesh
     k, v = (constrain(jnp.repeat(x, times, 1), "cache", mesh) for x in (cache.k, cache.v))
-    mask, end_BD = (constrain(jnp.repeat(x, times, 0), "rows", mesh) for x in (cache.mask, hidden_NPD[:, -1]))
+    mask, end_BD = (constrain(jnp.repeat(x, times, 0), "rows", mesh) for x in (cache.mask, hidden_N1D[:, -1]))
     return end_BD, gpt2.KVCache(k, v, mask, cache.index)
 
 
@@ -268,7 +268,7 @@ def reply_hidden(params: Params, prompt: Prompt, tokens: Array, mask: Array, *, 
     times = tokens.shape[0] // prompt.tokens.shape[0]
     if times == 1:
         whole, counts = (jnp.concatenate([a, b[:, :-1]], 1) for a, b in zip(prompt, (tokens, mask), strict=True))
-        return hidden(params, whole, counts, model=model)[0][:, -room - 1 :]
+        return hidden(params, whole, counts, last=room + 1, model=model)[0]
     end_BD, cache = prefill(params, prompt, times, room, model=model)
     if room == 0:
         return end_BD[:, None]
