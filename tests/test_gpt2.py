@@ -160,7 +160,7 @@ def test_cached_is_uncached(small, pieces):
     np.testing.assert_allclose(np.concatenate(parts, 1)[mask], whole[mask], rtol=1e-5, atol=1e-5 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize(("layers", "length", "last"), [(1, 12, 5), (2, 12, 1), (2, 12, 12), (3, 300, 280)])
+@pytest.mark.parametrize(("layers", "length", "last"), [(1, 12, 5), (2, 12, 1), (2, 12, 12), (1, 300, 280)])
 def test_the_last_positions_alone_are_as_among_all(layers, length, last):
     """Values, the gradients of every parameter, and the cache; more queries than one stretch has, too."""
     config = gpt2.GPT2Config(vocab_size=300, n_positions=512, n_embd=48, n_layer=layers, n_head=4)
