@@ -29,8 +29,8 @@ fi
 status=0
 echo "==> ruff" && .venv/bin/ruff check || status=1
 echo "==> pyright" && .venv/bin/pyright || status=1
-# Two at a time, each with files of its own: what a file compiles and trains serves all of its tests.
-echo "==> pytest" && .venv/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile --durations 25 "${markers[@]}" "$@" || status=1
+# Two at a time, each with files of its own: what a file compiles and trains serves all of its tests. In conftest.py's order.
+echo "==> pytest" && .venv/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 "${markers[@]}" "$@" || status=1
 if [[ $extras != test && $# == 0 ]]; then
   echo "==> benchmark, against torch and TRL in this run" && .venv/bin/python scripts/benchmark.py --quick || status=1
 fi

@@ -8,7 +8,8 @@ The parameters of the L blocks are stacked along a leading axis, so that the loo
 is traced and compiled once, whatever the depth (on a GPU training may write the blocks out). The same forward serves training
 (no cache), prefill (a cache and a whole prompt) and decoding (a cache and one token). Decoding has its blocks `apart`, one written
 out after the other: a scan cuts each block's parameters and slots out of the stack, which for one token takes half as long
-as to use them.
+as to use them. Where only the `last` hidden states are read, those of a reply or of a prompt's end, the last block is a block of
+its own, too: of the other positions it makes keys and values, and no more.
 
 Axes: B batch, T tokens, S slots of the cache, D width, H heads, K = D/H, F = n_inner, L layers, V vocabulary.
 """
