@@ -35,7 +35,7 @@ TINY = {  # the whole way in seconds: what it learns does not matter here
     "sampling.max_new_tokens": 12,
     "classifiers.epochs": 1,
     "evaluate.limit": 12,
-    "report": False,  # it takes longer than the training; test_report.py looks at it
+    "report": False,  # a third of a run of this size; test_report.py looks at it
 }
 
 

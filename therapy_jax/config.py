@@ -601,7 +601,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     report: bool = True
-    """Write report.html when a script ends, which takes 5 to 20 s of a CPU; `scripts/report.py` writes it at any other time."""
+    """Write report.html when a script ends, 7 to 34 s on a CPU for a model of one layer; `scripts/report.py` writes it at any time."""
     tensorboard: bool = False
     """Write every line of metrics.jsonl as TensorBoard events too, to run_dir/tensorboard (extra `tensorboard`)."""
     compilation_cache: str | None = "~/.cache/therapy_jax/xla"

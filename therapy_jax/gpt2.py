@@ -288,6 +288,7 @@ class GPT2(nn.Module):
             else:
                 early, final = (jax.tree.map(take, layers) for take in (lambda x: x[:-1], lambda x: x[-1]))
                 x_BTD, kvs = jax.lax.scan(remade(step), x_BTD, early, unroll=unroll)
+                # Its backward pass comes first: should XLA keep it and not make it anew, that is no more at the peak than it makes then.
                 x_BTD, kv = remade(functools.partial(step, last=last))(x_BTD, final)
                 kvs = jax.tree.map(lambda stack, one: jnp.concatenate([stack, one[None]]), kvs, kv)
         if cache is not None:
